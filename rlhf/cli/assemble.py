@@ -1,0 +1,238 @@
+"""From checked settings to the objects of one job: tokenizer, data, networks, engines, callbacks, trainer.
+
+Knows which parts a verb needs and how they fit; every part knows only itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+
+from rlhf.callbacks.checkpoint import Checkpoint
+from rlhf.callbacks.csv_log import MetricsFile
+from rlhf.callbacks.evaluation import Evaluate
+from rlhf.callbacks.export import Export
+from rlhf.callbacks.metrics import WriteMetrics
+from rlhf.callbacks.rollout import RolloutCallback
+from rlhf.callbacks.start import Start
+from rlhf.config import UserError, locate, nearest
+from rlhf.data.datamodule import RLHFData
+from rlhf.data.phases import sft_corpus
+from rlhf.data.split import Phase
+from rlhf.data.tokenizer import end_of_turn_id, load_tokenizer
+from rlhf.engines.checkpoint import checkpoints, verify
+from rlhf.engines.config import EngineSpec, Training
+from rlhf.engines.launcher import accelerator
+from rlhf.engines.strategy import RoleStrategy
+from rlhf.models.factory import Blueprint
+from rlhf.models.source import find_export, network_config, weights_folder
+from rlhf.modules.base import RoleModule
+from rlhf.settings import OptimizerConfig, RoleConfig, SchedulerConfig, ZeroConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Job:
+    """The parts of one job, built on first use from its settings."""
+
+    def __init__(self, config: Mapping[str, Any], cfg: Any) -> None:
+        check_targets(config)
+        self.config = config
+        self.cfg = cfg
+        self.run_dir = Path(cfg.run_dir)
+        self.world = cfg.trainer.devices * cfg.trainer.num_nodes
+        self._tokenizer: Any = None
+
+    # --- tokenizer and data ---
+
+    def tokenizer(self, role: str) -> Any:
+        """The one tokenizer of the run: that of the weights the role starts from, or of its model.
+
+        Raises:
+            UserError: another role starts from weights with another vocabulary.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = self._load_tokenizer(role)
+            for other in ("actor", "critic", "reward"):
+                starts = other != role and getattr(getattr(self.cfg, other, None), "init", None) is not None
+                if starts and self._load_tokenizer(other).get_vocab() != self._tokenizer.get_vocab():
+                    raise UserError(f"{other}.init and {role} have different tokenizers: train both from models with one vocabulary")
+        return self._tokenizer
+
+    def _load_tokenizer(self, role: str) -> Any:
+        settings: RoleConfig = getattr(self.cfg, role)
+        model, chat = settings.model, self.cfg.data.chat
+        folder = self.init_folder(role)
+        if folder is not None:
+            model = dataclasses.replace(model, tokenizer=str(folder))
+        trains = model.tokenizer is not None and model.tokenizer.startswith("train:")
+        return load_tokenizer(model, chat, sft_corpus(self.cfg.data) if trains else None)
+
+    def decode(self, ids: torch.Tensor) -> list[str]:  # (B, A) -> B texts
+        return self._tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
+
+    def data(self, phase: Phase, batch_size: int, epochs: float = 1.0, **options: Any) -> RLHFData:
+        """The rows of a step, read or built, as this rank's share."""
+        data = RLHFData(
+            self.cfg.data, self._tokenizer, phase, batch_size=batch_size, epochs=epochs, seed=self.cfg.seed,
+            rank=int(os.environ["RANK"]), world=self.world, **options,
+        )  # fmt: skip
+        return data.prepare()
+
+    # --- networks and engines ---
+
+    def init_folder(self, role: str) -> Path | None:
+        """The export a role starts from, if it has one."""
+        sources = {"actor": ("actor",), "reward": ("reward", "actor"), "critic": ("critic", "reward", "actor"), "ref": ("actor", "ref")}
+        init = getattr(self.cfg, role).init
+        if init is None and role == "ref":
+            init = self.cfg.actor.init
+        if init is None and role == "critic":
+            init = (self.cfg.reward if self.cfg.ppo.critic_init == "reward" else self.cfg.actor).init
+        try:
+            return None if init is None else find_export(init, *sources[role])
+        except UserError as error:
+            raise UserError(f"{role}.{error}") from error
+
+    def blueprint(self, role: str, *, kind: str, trained: bool, like: str | None = None) -> Blueprint:
+        """
+        Args:
+            like: the role whose model, dropout and so on are taken, for a role that only copies it.
+        """
+        settings: RoleConfig = getattr(self.cfg, like or role)
+        folder = weights_folder(settings.model, self.init_folder(role))
+        tokenizer = self._tokenizer
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end_of_turn_id(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        config = network_config(settings.model, folder, dropout=settings.dropout, vocab_size=len(tokenizer), ids=ids)
+        return Blueprint(
+            kind=kind, config=config, folder=folder, lora=settings.lora if trained else None,  # type: ignore[arg-type]
+            gradient_checkpointing=settings.gradient_checkpointing and trained, dtype=DTYPES[self.cfg.trainer.precision],
+        )  # fmt: skip
+
+    def frozen_engine(self, zero: ZeroConfig) -> EngineSpec:
+        """A role that only answers is sharded if its options say stage 3, and whole otherwise."""
+        stage = 3 if zero.stage == 3 else 0
+        plain = dataclasses.replace(zero, stage=stage, offload_optimizer=False, quantized_weights=False, offload_params=zero.offload_params)
+        return EngineSpec(zero=plain, precision=self.cfg.trainer.precision, training=None, reloadable=True)
+
+    def trained_engine(
+        self, role: str, optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, total_steps: int, micro: int, accumulation: int
+    ) -> EngineSpec:
+        settings: RoleConfig = getattr(self.cfg, role)
+        training = Training(
+            optimizer=optimizer, scheduler=scheduler, total_steps=total_steps, lora=settings.lora, micro_batch_size=micro,
+            accumulation=accumulation,
+        )  # fmt: skip
+        reloadable = settings.lora.rank > 0 and (self.init_folder(role) is not None or settings.model.pretrained)
+        return EngineSpec(zero=settings.zero, precision=self.cfg.trainer.precision, training=training, reloadable=reloadable)
+
+    def strategy(self, specs: dict[str, EngineSpec]) -> RoleStrategy:
+        trainer = self.cfg.trainer
+        timeout = timedelta(minutes=self.cfg.launcher.timeout_minutes)
+        return RoleStrategy(specs=specs, align_overflow=trainer.align_overflow, timeout=timeout, threads=trainer.threads)
+
+    # --- trainer ---
+
+    def resume_from(self) -> Path | None:
+        """The newest checkpoint to go on from, verified; None: the run starts from its beginning."""
+        found = checkpoints(self.run_dir / "checkpoints") if self.cfg.resume else []
+        if not found:
+            return None
+        verify(found[-1], world_size=self.world)
+        return found[-1]
+
+    def rollout_callback(self, samples: int) -> RolloutCallback:
+        tokenizer = self._tokenizer
+        return RolloutCallback(self.cfg.rollout, samples=samples, end_id=end_of_turn_id(tokenizer), pad_id=tokenizer.pad_token_id)
+
+    def fit(self, module: RoleModule, strategy: RoleStrategy, data: RLHFData, *, total: int, extra: list[L.Callback]) -> dict[str, Any]:
+        """Trains for `total` iterations and returns the summary's metrics and seconds."""
+        resume_from = self.resume_from()
+        if resume_from is not None:
+            data.start = int(resume_from.name.split("-")[1])
+        write = WriteMetrics(self.cfg.trainer.log_every)
+        held_out = data.val_dataloader() if module.judges_batches else []
+        evaluate = [Evaluate(loader, every=self.cfg.trainer.eval_every) for loader in held_out]
+        checkpoint = Checkpoint(
+            self.run_dir / "checkpoints", every=self.cfg.trainer.checkpoint_every, keep=self.cfg.trainer.keep_checkpoints
+        )
+        early, late = self._user_callbacks(total)
+        callbacks = [
+            Start(self.cfg.seed, resume_from=resume_from), *extra, *early, write, *late,
+            *evaluate, checkpoint, Export(self.run_dir / "export", self._tokenizer),
+        ]  # fmt: skip
+        trainer = self.trainer(strategy, callbacks, max_steps=total - data.start)
+        trainer.fit(module, datamodule=data)
+        if checkpoint.saved is not None:
+            raise Interrupted(
+                f"stopped at iteration {module.iteration} and saved {checkpoint.saved}; go on with resume=true run_dir={self.run_dir}"
+            )
+        metrics = dict(write.last)
+        for judged in evaluate:
+            metrics |= {f"{name}_before": value for name, value in judged.first.items()} | judged.last
+        return {"metrics": metrics, "seconds": write.seconds, "report": data.report}
+
+    def trainer(self, strategy: RoleStrategy, callbacks: list[L.Callback], *, max_steps: int) -> L.Trainer:
+        return L.Trainer(
+            accelerator=accelerator(self.cfg.trainer), devices=self.cfg.trainer.devices, num_nodes=self.cfg.trainer.num_nodes,
+            strategy=strategy, callbacks=callbacks, logger=self.loggers(), max_epochs=1, limit_train_batches=max(0, max_steps),
+            limit_val_batches=1.0 if max_steps < 0 else 0, num_sanity_val_steps=0, use_distributed_sampler=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=str(self.run_dir), log_every_n_steps=1,
+        )  # fmt: skip
+
+    def loggers(self) -> list[Any]:
+        """metrics.csv always; what the logger group adds, on rank zero's say."""
+        loggers: list[Any] = [MetricsFile(self.run_dir)]
+        for node in self.config["logger"].values():
+            logger = instantiate(node)
+            logger.log_hyperparams(dict(self.config))
+            loggers.append(logger)
+        return loggers
+
+    def _user_callbacks(self, total: int) -> tuple[list[L.Callback], list[L.Callback]]:
+        """The callbacks group: those that measure come before metrics are written, those that show come after."""
+        context = {
+            "folder": self.run_dir, "decode": self.decode, "tokenizer": self._tokenizer, "title": self.cfg.verb, "total": total,
+            "hardware": self.cfg.hardware,
+        }  # fmt: skip
+        early: list[L.Callback] = []
+        late: list[L.Callback] = []
+        for node in self.config["callbacks"].values():
+            callback = with_context(node, context)
+            (early if getattr(callback, "measures", False) else late).append(callback)
+        return early, late
+
+
+class Interrupted(Exception):
+    """The user pressed Ctrl-C; the message says where the run stopped and how to go on."""
+
+
+def with_context(node: Mapping[str, Any], context: Mapping[str, Any]) -> Any:
+    """Builds a `_target_` node, giving its constructor what it asks for by name and the node does not say."""
+    parameters = inspect.signature(locate(node["_target_"])).parameters
+    return instantiate(dict(node), **{k: v for k, v in context.items() if k in parameters and k not in node})
+
+
+def check_targets(config: Mapping[str, Any]) -> None:
+    """Refuses a misspelt argument of a callback or logger before anything is built.
+
+    Raises:
+        UserError: the constructor has no such argument.
+    """
+    for group in ("callbacks", "logger"):
+        for name, node in config[group].items():
+            target: Callable[..., Any] = locate(node["_target_"])
+            parameters = inspect.signature(target).parameters
+            open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+            for key in node:
+                if not key.startswith("_") and key not in parameters and not open_ended:
+                    raise UserError(f"{group}.{name}.{key}: {node['_target_']} has no such argument{nearest(key, parameters)}")

@@ -1,0 +1,153 @@
+"""Hydra's side of the command: compose, sweep, and its errors in one clear line.
+
+Knows Hydra; knows no training.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import rlhf
+from rlhf.config import UserError, nearest
+
+METRIC = "sweep_metric"
+"""Key of a primary config in sweeps/ that names the metric a sweeper optimises."""
+
+
+def conf_dir() -> Path:
+    """The folder of the config groups: inside the package once installed, beside it in a checkout."""
+    package = Path(rlhf.__file__).parent
+    return next(folder for folder in (package / "conf", package.parent / "conf") if (folder / "base.yaml").is_file())
+
+
+def run(verb: str, overrides: list[str]) -> int:
+    """Composes and runs a verb, once or as a sweep; returns the exit code, the worst one of a sweep."""
+    sys.argv = [f"rlhf {verb}", *_with_directory(overrides)]
+    # Hydra's own error report ends the process with code 1 and a hint about its internals; the errors come to us instead.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    codes: list[int] = []
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(lambda cfg: _job(cfg, codes))()
+    except UserError as error:
+        return _refuse(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        return _refuse(explain(error, verb))
+    return max(codes, default=0)
+
+
+def _with_directory(overrides: list[str]) -> list[str]:
+    """`run_dir=PATH` is Hydra's output directory, of one run or of a sweep."""
+    sweep = any(word in ("-m", "--multirun") for word in overrides)
+    key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
+    return [f"{key}={word.removeprefix('run_dir=')}" if word.startswith("run_dir=") else word for word in overrides]
+
+
+def _job(cfg: DictConfig, codes: list[int]) -> float | None:
+    """One composed job. Its exit code goes to `codes`: a job that fails leaves the others of a sweep alone."""
+    from rlhf.cli.job import JobFailed
+
+    try:
+        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+        summary = _run(config)
+        codes.append(0)
+        return _sweep_value(config, summary)
+    except UserError as error:
+        codes.append(_refuse(str(error)))
+    except OmegaConfBaseException as error:
+        codes.append(_refuse(" ".join(str(error).split())))
+    except JobFailed as error:
+        codes.append(error.code)
+    return None
+
+
+def _run(config: dict[str, Any]) -> dict[str, Any]:
+    """The verb's job; a run that is only resumed goes on with the config it was started with."""
+    from rlhf.cli import rundir
+    from rlhf.cli.job import run_job
+    from rlhf.cli.pipeline import run_pipeline
+
+    if config["resume"] and not _changes(HydraConfig.get().overrides.task):
+        saved = rundir.saved_config(Path(config["run_dir"]))
+        if saved is not None:
+            config = {**saved, "resume": True, "run_dir": config["run_dir"]}
+    return (run_pipeline if config["verb"] == "pipeline" else run_job)(config)
+
+
+def _sweep_value(config: dict[str, Any], summary: dict[str, Any]) -> float | None:
+    metric = config.get(METRIC)
+    if metric is None:
+        return None
+    if metric not in summary["metrics"]:
+        raise UserError(f"{METRIC}={metric} is no metric of this run{nearest(metric, summary['metrics'])}")
+    return float(summary["metrics"][metric])
+
+
+def _changes(overrides: Iterable[str]) -> bool:
+    return any(not word.startswith("resume=") for word in overrides)
+
+
+def _refuse(message: str) -> int:
+    print(f"rlhf: error: {message}", file=sys.stderr)
+    return 2
+
+
+def explain(error: Exception, verb: str) -> str:
+    """Hydra's and OmegaConf's errors as one sentence that names the key and the nearest right one."""
+    text = str(error)
+    cause = str(error.__cause__ or "")
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {getattr(error, 'override', '')!r} as key=value: {_first_line(text)}"
+    if isinstance(error, MissingConfigException) and "Available options" in text:
+        missing = re.search(r"Could not find '([^']*)'", text)
+        name = missing.group(1) if missing else ""
+        options = [line.strip() for line in text.split("Available options", 1)[1].splitlines()[1:] if line.strip()]
+        group, _, option = name.rpartition("/")
+        return f"{group}={option}: no such option{nearest(option, options)}; there are {', '.join(options)}"
+    key = re.search(r"Could not override '([^']*)'", text)
+    if key:
+        return _unknown_key(key.group(1), verb)
+    group = re.search(r"In '[^']*': Could not find '([^']*)'|Could not override '([^']*)'\. No match in the defaults list", text)
+    if group:
+        return f"{group.group(1) or group.group(2)}: no such group or option; rlhf {verb} --help lists them"
+    if isinstance(error, ConfigCompositionException) and cause:
+        return _first_line(cause)
+    return " ".join(text.split())
+
+
+def _unknown_key(key: str, verb: str) -> str:
+    """Names the nearest key of the verb's composed config, and the nearest group."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    key = key.lstrip("+~")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose(config_name=verb, return_hydra_config=False)
+    known = list(_keys(OmegaConf.to_container(cfg, resolve=False), ""))
+    if "@" in key or "/" in key:
+        return f"{key}: no such group in rlhf {verb}; rlhf {verb} --help lists them"
+    parent = key.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    return f"{key}: no such key{nearest(key, siblings) or nearest(key, known)}; rlhf {verb} --cfg job shows them all"
+
+
+def _keys(node: Any, prefix: str) -> Iterable[str]:
+    for name, value in node.items() if isinstance(node, dict) else ():
+        key = f"{prefix}.{name}" if prefix else str(name)
+        yield key
+        yield from _keys(value, key)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else "the configuration cannot be composed"

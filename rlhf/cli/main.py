@@ -1,0 +1,58 @@
+"""The command `rlhf <verb> [overrides]`: picks the primary config, lets Hydra compose it, runs the job or the sweep.
+
+Knows Hydra and exit codes: 0 done, 1 failed while running, 2 the input was refused. Imports nothing heavy before a verb needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+VERBS = {
+    "pipeline": "SFT, reward model and PPO in order, then a comparison; with no override: the quickstart on a CPU",
+    "sft": "step 1: supervised fine-tuning of the actor",
+    "reward": "step 2: the reward model, from pairs",
+    "ppo": "step 3: PPO against the reward model",
+    "evaluate": "two policies on the same held-out prompts, reward-model accuracy, perplexity",
+}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
+    return (
+        "usage: rlhf <verb> [key=value ...] [-m for a sweep]\n\n"
+        f"{verbs}\n\n"
+        "rlhf <verb> --help lists the groups of a verb, rlhf <verb> --cfg job prints its configuration.\n"
+        "Start with: rlhf pipeline\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line and returns its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    if words[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(version("rlhf"))
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        from rlhf.config import nearest
+
+        print(f"rlhf: error: no such verb: {verb}{nearest(verb, VERBS)}; rlhf --help lists them", file=sys.stderr)
+        return 2
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from rlhf.cli.hydra_app import run
+    from rlhf.logging import setup_logging
+
+    setup_logging()
+    return run(verb, rest)
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The verb `pipeline`: the steps in order, each a job of its own, each from the last one's export; then a table and a plot.
+
+Knows how the steps hang together; knows no training.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.cli import rundir
+from rlhf.cli.job import checked, run_job
+from rlhf.cli.summary_page import plot_pipeline, print_pipeline
+from rlhf.config import UserError
+from rlhf.logging import log
+
+COMMON = ("seed", "run_dir", "resume", "data", "trainer", "launcher", "logger", "callbacks", "hardware")
+PARTS = {
+    "sft": ("actor", "sft"),
+    "reward": ("reward", "rm"),
+    "ppo": ("actor", "critic", "ref", "reward", "ppo", "rollout", "tp"),
+    "evaluate": ("actor", "ref", "reward", "rollout", "tp", "evaluation"),
+}
+"""Which sections of the pipeline's config each step has."""
+
+
+def step_config(config: Mapping[str, Any], step: str) -> dict[str, Any]:
+    """The config of one step, as if its verb had been called with it; roles start where the earlier steps' exports are.
+
+    A step that is not run takes its result from the role's own `init`.
+    """
+    root, run_dir = str(config["run_dir"]), str(Path(config["run_dir"]) / step)
+    part = {"verb": step, **{key: config[key] for key in (*COMMON, *PARTS[step])}}
+    part = _moved(part, root, run_dir)
+    part["run_dir"] = run_dir
+    steps = config["steps"]
+
+    def start(role: str, *candidates: tuple[str, str]) -> None:
+        for earlier, export in candidates:
+            if earlier in steps:
+                part[role] = {**part[role], "init": str(Path(root) / earlier / "export" / export)}
+                return
+
+    same_network = config["reward"]["model"]["name"] == config["actor"]["model"]["name"]
+    if step == "reward" and same_network and config["reward"]["init"] is None:
+        start("reward", ("sft", "actor"))  # InstructGPT, section 3.5: the reward model starts from the SFT model
+    if step == "ppo":
+        start("actor", ("sft", "actor"))
+        start("reward", ("reward", "reward"))
+    if step == "evaluate":
+        start("actor", ("ppo", "actor"), ("sft", "actor"))
+        start("reward", ("reward", "reward"))
+        if "ppo" in steps:
+            start("ref", ("sft", "actor"))
+            if "sft" not in steps:
+                part["ref"] = {**part["ref"], "init": part["ref"]["init"] or config["actor"]["init"]}
+    return part
+
+
+def _moved(node: Any, old: str, new: str) -> Any:
+    """The same config with every path below the pipeline's directory put below the step's."""
+    if isinstance(node, Mapping):
+        return {key: _moved(value, old, new) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_moved(value, old, new) for value in node]
+    return new if node == old else node
+
+
+def run_pipeline(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs the steps that are not yet done and returns the summary of the whole.
+
+    Raises:
+        UserError: refused before anything was written, or by a step.
+        JobFailed: a step ended otherwise than done.
+    """
+    steps = list(config["steps"])
+    unknown = [step for step in steps if step not in PARTS]
+    if unknown or steps != [step for step in PARTS if step in steps]:
+        raise UserError(f"steps={steps} must name some of {', '.join(PARTS)}, in that order")
+    checked(config)
+    run_dir = Path(config["run_dir"])
+    rundir.claim(run_dir, config)
+    start = time.perf_counter()
+    summaries: dict[str, dict[str, Any]] = {}
+    for step in steps:
+        summaries[step] = _run_step(step_config(config, step))
+        log.info("%s done in %.0f s", step, summaries[step]["seconds"].get("total", 0.0))
+    metrics: dict[str, float] = {}
+    seconds: dict[str, float] = {"total": time.perf_counter() - start}
+    for step, summary in summaries.items():
+        metrics |= summary["metrics"]
+        seconds[step] = summary["seconds"].get("total", 0.0)
+        seconds |= {f"{step}/{phase}": value for phase, value in summary["seconds"].items() if phase != "total"}
+    done = rundir.write_summary(config, "done", metrics=metrics, seconds=seconds)
+    names = config["evaluation"]["names"]
+    plot = plot_pipeline(run_dir, names)
+    print_pipeline(run_dir, metrics, seconds, names, plot)
+    return done
+
+
+def _run_step(config: dict[str, Any]) -> dict[str, Any]:
+    """A finished step is not run again; one that had begun goes on from its checkpoint, or anew where it has none."""
+    run_dir = Path(config["run_dir"])
+    if config["resume"]:
+        summary = rundir.read_summary(run_dir)
+        if summary is not None and summary["status"] == "done":
+            log.info("%s is done already", config["verb"])
+            return summary
+        if not (run_dir / "config.yaml").is_file():
+            config = {**config, "resume": False}
+        elif not (run_dir / "checkpoints").is_dir():
+            shutil.rmtree(run_dir)
+            config = {**config, "resume": False}
+    log.info("%s: %s", config["verb"], run_dir)
+    return run_job(config)

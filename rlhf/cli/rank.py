@@ -1,0 +1,69 @@
+"""One rank of a job: `python -m rlhf.cli.rank CONFIG` replays a resolved config.
+
+Started by this project's launcher, torchrun, srun or the deepspeed launcher. Exit codes: 0 done, 1 failed, 2 refused.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.cli import rundir
+from rlhf.config import UserError, build
+from rlhf.engines.launcher import prepare_rank
+from rlhf.logging import log, quiet_libraries, setup_logging
+
+
+def run_rank(config: Mapping[str, Any]) -> None:
+    """Does this rank's part of the job; rank zero writes the summary. Raises what went wrong."""
+    cfg = build(config)
+    prepare_rank(cfg.trainer)
+    from rlhf.cli.assemble import Job  # after prepare_rank: it imports deepspeed
+    from rlhf.cli.evaluate import evaluate
+    from rlhf.cli.train import ppo, reward, sft
+
+    quiet_libraries()
+    verbs = {"sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
+    start = time.perf_counter()
+    result = verbs[cfg.verb](Job(config, cfg))
+    seconds = {"total": time.perf_counter() - start, **result["seconds"]}
+    if os.environ["RANK"] == "0":
+        rundir.write_summary(config, "done", metrics=result["metrics"], seconds=seconds, data=result["report"])
+
+
+def main(path: str) -> int:
+    from rlhf.cli.errors import report
+
+    setup_logging()
+    config = yaml.safe_load(Path(path).read_text())
+    try:
+        run_rank(config)
+    except UserError as error:
+        return report(config, error)
+    except KeyboardInterrupt:
+        return 1
+    except Exception as error:
+        if os.environ.get("RANK", "0") == "0" or not _is_peer_loss(error):
+            log.error("rank %s: %s", os.environ.get("RANK", "0"), traceback.format_exc())
+        return report(config, error)
+    return 0
+
+
+def _is_peer_loss(error: Exception) -> bool:
+    """Whether a rank failed only because another one went away."""
+    return "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Hard exit: after a failure, process-group and CUDA destructors can wait forever for peers.
+    os._exit(code)

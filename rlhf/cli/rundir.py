@@ -1,0 +1,117 @@
+"""The run directory: who may write into it, its config, its summary.
+
+Knows files; knows no training.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.config import UserError
+
+FREE = ("resume", "run_dir", "logger", "callbacks", "hardware", "launcher", "evaluation")
+"""Top-level keys that a resumed run may change."""
+FREE_TRAINER = ("log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "threads")
+
+
+def claim(run_dir: Path, config: Mapping[str, Any]) -> None:
+    """Makes the directory this run's own and writes its config.
+
+    Raises:
+        UserError: it holds another run, or `resume` finds none or one of another configuration.
+    """
+    file = run_dir / "config.yaml"
+    if config["resume"]:
+        if not file.is_file():
+            raise UserError(
+                f"resume=true, but run_dir={run_dir} holds no run (no config.yaml): give the directory of the run to go on with"
+            )
+        change = first_change(yaml.safe_load(file.read_text()), config)
+        if change is not None:
+            raise UserError(f"resume=true cannot change {change}: a run goes on as it began; start a new run_dir for other settings")
+    elif (file.exists() or (run_dir / "summary.json").exists()) and not _was_refused(run_dir):
+        raise UserError(f"run_dir={run_dir} already holds a run: choose another run_dir, or resume=true to go on with it")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+
+def _was_refused(run_dir: Path) -> bool:
+    """A refused run has done nothing, so its directory may be used again."""
+    summary = read_summary(run_dir)
+    return summary is not None and summary["status"] == "refused"
+
+
+def saved_config(run_dir: Path) -> dict[str, Any] | None:
+    file = run_dir / "config.yaml"
+    return yaml.safe_load(file.read_text()) if file.is_file() else None
+
+
+def first_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """`key (was x, now y)` of the first difference that matters to a resumed run."""
+    for key, before, after in _differences(_fixed(old), _fixed(new), ""):
+        return f"{key} (was {before!r}, now {after!r})"
+    return None
+
+
+def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in FREE}
+    kept["trainer"] = {key: value for key, value in config["trainer"].items() if key not in FREE_TRAINER}
+    return kept
+
+
+def _differences(old: Any, new: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+    elif old != new:
+        yield key, old, new
+
+
+def write_summary(config: Mapping[str, Any], status: str, **fields: Any) -> dict[str, Any]:
+    """Writes `summary.json`, which reports and sweeps read; docs/architecture.md lists its keys."""
+    summary = {
+        "verb": config["verb"], "status": status, "seed": config["seed"], "commit": commit(), "hardware": hardware(), "config": dict(config),
+        "metrics": {}, "seconds": {}, **fields,
+    }  # fmt: skip
+    run_dir = Path(config["run_dir"])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    return summary
+
+
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    file = run_dir / "summary.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def write_atomically(file: Path, text: str) -> None:
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.rename(file)
+
+
+def commit() -> str | None:
+    """The git commit of the code, with `+` behind it where files differ from it."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def hardware() -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"gpus": gpus, "cpu": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}

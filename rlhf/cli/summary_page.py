@@ -1,0 +1,115 @@
+"""The end of a pipeline on the terminal, and its curves as a PNG. Knows summaries and metrics.csv; knows no training."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROWS = {
+    "gold score": "gold/{}", "reward": "reward/{}", "answer length": "length/{}", "ended by itself": "eos_rate/{}",
+    "distinct-2": "distinct_2/{}", "perplexity under ref": "ref_perplexity/{}",
+}  # fmt: skip
+CURVES = {
+    "sft": [("sft/loss", "SFT: loss")],
+    "reward": [("reward/train_accuracy", "reward model: accuracy on the batch")],
+    "ppo": [("rollout/reward", "PPO: reward"), ("rollout/kl", "PPO: KL to ref, nats an answer"), ("rollout/length", "PPO: answer length")],
+}
+SAMPLES = 4
+
+
+def print_pipeline(run_dir: Path, metrics: dict[str, float], seconds: dict[str, float], names: list[str], plot: Path | None) -> None:
+    """A table of both policies, a few answers, and where everything lies."""
+    console = Console()
+    table = Table(title=f"{run_dir.name}: held-out prompts, same sampling")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for label, key in ROWS.items():
+        values = [metrics.get(key.format(name)) for name in names]
+        if any(value is not None for value in values):
+            table.add_row(label, *("-" if value is None else f"{value:.3f}" for value in values))
+    if "kl" in metrics:
+        table.add_row("KL to ref, nats an answer", "0.000", f"{metrics['kl']:.3f}")
+    if "reward/accuracy" in metrics:
+        table.add_row("reward model accuracy", f"{metrics['reward/accuracy']:.3f}", "")
+    console.print(table)
+    samples = run_dir / "evaluate" / "samples.jsonl"
+    if samples.is_file():
+        _print_samples(console, samples, names)
+    console.print(
+        f"{seconds['total']:.0f} s in all; everything is in {run_dir}" + (f", the curves in {plot}" if plot else ""), soft_wrap=True
+    )
+
+
+def _print_samples(console: Console, file: Path, names: list[str]) -> None:
+    table = Table(title="answers", show_lines=True)
+    for column in ("prompt", *names):
+        table.add_column(column)
+    for line in file.read_text(encoding="utf-8").splitlines()[:SAMPLES]:
+        row = json.loads(line)
+        cells = [f"{row.get(name, '')}" + (f" [{row[f'gold/{name}']:.2f}]" if f"gold/{name}" in row else "") for name in names]
+        table.add_row(*(_plain(cell) for cell in (row["prompt"], *cells)))
+    console.print(table)
+
+
+def _plain(text: str) -> str:
+    """Brackets in a text are no markup."""
+    return text.replace("[", r"\[")
+
+
+def read_columns(file: Path, names: list[str]) -> dict[str, tuple[list[float], list[float]]]:
+    """Steps and values of some columns of a metrics.csv; empty where a column has none."""
+    columns: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
+    if file.is_file():
+        with file.open(newline="") as f:
+            for row in csv.DictReader(f):
+                for name, (steps, values) in columns.items():
+                    if row.get(name):
+                        steps.append(float(row["step"]))
+                        values.append(float(row[name]))
+    return columns
+
+
+def plot_pipeline(run_dir: Path, names: list[str]) -> Path | None:
+    """`curves.png`: the steps' curves and the two gold scores. None where no step wrote metrics."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels: list[tuple[str, list[float], list[float]]] = []
+    for step, curves in CURVES.items():
+        columns = read_columns(run_dir / step / "metrics.csv", [name for name, _ in curves])
+        panels += [(title, *columns[name]) for name, title in curves if columns[name][0]]
+    if not panels:
+        return None
+    summary = run_dir / "evaluate" / "summary.json"
+    metrics: dict[str, Any] = json.loads(summary.read_text())["metrics"] if summary.is_file() else {}
+    bars = [(name, metrics[key]) for name in names for key in (f"gold/{name}", f"reward/{name}")[:1] if key in metrics]
+    count = len(panels) + bool(bars)
+    figure, axes = plt.subplots(-(-count // 3), min(3, count), figsize=(4.2 * min(3, count), 3.1 * -(-count // 3)), squeeze=False)
+    flat = list(axes.flat)
+    for axis, (title, steps, values) in zip(flat, panels, strict=False):
+        axis.plot(steps, values, color="#1f5fa8", linewidth=1.4)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("iteration" if title.startswith("PPO") else "step", fontsize=8)
+        axis.grid(alpha=0.3)
+    if bars:
+        axis = flat[len(panels)]
+        drawn = axis.bar([name for name, _ in bars], [value for _, value in bars], color=["#9bb8d3", "#1f5fa8"])
+        axis.bar_label(drawn, fmt="%.2f")
+        axis.set_title("gold score, held-out prompts", fontsize=10)
+    for axis in flat[count:]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    file = run_dir / "curves.png"
+    part = run_dir / "curves.part.png"
+    figure.savefig(part, dpi=130)
+    plt.close(figure)
+    part.rename(file)
+    return file

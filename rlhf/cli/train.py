@@ -1,0 +1,79 @@
+"""The training verbs inside one rank: sft, reward, ppo.
+
+Each names its roles, their engines and its module; everything else is `assemble`'s.
+"""
+
+from __future__ import annotations
+
+import lightning as L
+
+from rlhf.cli.assemble import Job
+from rlhf.config import UserError
+from rlhf.data.datamodule import RLHFData
+from rlhf.data.split import Phase
+from rlhf.logging import log
+from rlhf.modules.ppo import PPO
+from rlhf.modules.reward import RewardModel
+from rlhf.modules.sft import SFT
+from rlhf.settings import RewardTrainingConfig, SFTConfig
+
+
+def sft(job: Job) -> dict:
+    """SFT of the actor."""
+    return _supervised(job, "actor", "sft", job.cfg.sft)
+
+
+def reward(job: Job) -> dict:
+    """The reward model on pairs."""
+    return _supervised(job, "reward", "reward", job.cfg.rm)
+
+
+def _supervised(job: Job, role: str, phase: Phase, step: SFTConfig | RewardTrainingConfig) -> dict:
+    job.tokenizer(role)
+    options = {"loss_on": step.loss_on} if isinstance(step, SFTConfig) else {}
+    data = job.data(phase, step.batch_size, step.epochs, steps=step.max_steps, eval_batches=job.cfg.trainer.eval_batches, **options)
+    total = _steps(data, f"{'rm' if phase == 'reward' else phase}.batch_size")
+    accumulation = step.batch_size // (step.micro_batch_size * job.world)
+    spec = job.trained_engine(
+        role, step.optimizer, step.scheduler, total_steps=total, micro=step.micro_batch_size, accumulation=accumulation
+    )
+    L.seed_everything(job.cfg.seed, verbose=False)
+    blueprints = {role: job.blueprint(role, kind="causal" if phase == "sft" else "scalar", trained=True)}
+    module = SFT(step, blueprints) if isinstance(step, SFTConfig) else RewardModel(step, blueprints)
+    return job.fit(module, job.strategy({role: spec}), data, total=total, extra=[])
+
+
+def ppo(job: Job) -> dict:
+    """PPO with four roles; actor and critic learn."""
+    cfg, ppo = job.cfg, job.cfg.ppo
+    job.tokenizer("actor")
+    for role in ("actor", "reward"):
+        settings = getattr(cfg, role)
+        if settings.init is None and not settings.model.pretrained:
+            log.warning("%s.init is not set: PPO starts from a %s with random weights", role, role)
+    data = job.data("ppo", ppo.batch_size, steps=ppo.iterations, eval_batches=0)
+    iterations = _steps(data, "ppo.batch_size")
+    steps = iterations * ppo.epochs * (ppo.batch_size * ppo.samples_per_prompt // ppo.minibatch_size)
+    sizes = {"micro": ppo.micro_batch_size, "accumulation": ppo.minibatch_size // (ppo.micro_batch_size * job.world)}
+    actor_steps = max(1, steps - ppo.critic_warmup * steps // max(1, iterations))
+    specs = {
+        "actor": job.trained_engine("actor", ppo.actor_optimizer, ppo.actor_scheduler, total_steps=actor_steps, **sizes),
+        "critic": job.trained_engine("critic", ppo.critic_optimizer, ppo.critic_scheduler, total_steps=steps, **sizes),
+        "ref": job.frozen_engine(cfg.ref.zero),
+        "reward": job.frozen_engine(cfg.reward.zero),
+    }
+    L.seed_everything(cfg.seed, verbose=False)
+    blueprints = {
+        "actor": job.blueprint("actor", kind="causal", trained=True),
+        "critic": job.blueprint("critic", kind="scalar", trained=True),
+        "ref": job.blueprint("ref", kind="causal", trained=False, like="actor"),
+        "reward": job.blueprint("reward", kind="scalar", trained=False),
+    }
+    module = PPO(ppo, blueprints, temperature=cfg.rollout.temperature, seed=cfg.seed)
+    return job.fit(module, job.strategy(specs), data, total=iterations, extra=[job.rollout_callback(ppo.samples_per_prompt)])
+
+
+def _steps(data: RLHFData, key: str) -> int:
+    if data.total_steps == 0:
+        raise UserError(f"{key}={data.batch_size} is more than the rows of this step: lower it or add data")
+    return data.total_steps

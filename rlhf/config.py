@@ -1,0 +1,226 @@
+"""From a resolved configuration to checked, typed settings.
+
+Knows the rules that hold across groups; knows no values, no Hydra and no torch. Everything a user can get wrong is refused here,
+with the key's full name, before a model or a data set is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import typing
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace, UnionType
+from typing import Any
+
+TARGET = "_target_"
+
+
+class UserError(ValueError):
+    """The input is refused: one sentence that says what is wrong and what to do. The command ends with exit code 2."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing where no choice is close."""
+    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def locate(path: str) -> Any:
+    """The object at an import path such as `package.module.name`.
+
+    Raises:
+        UserError: nothing can be imported from there.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"cannot import {path!r}: {error}") from error
+
+
+def build(node: Any, key: str = "") -> Any:
+    """Turns a resolved config into settings: a mapping with `_target_` of a dataclass becomes that dataclass, any other mapping a
+    namespace, a list a list. Mappings whose target is no dataclass (callbacks, loggers) stay mappings, for Hydra to instantiate.
+
+    Raises:
+        UserError: an unknown, missing or mistyped key, or a value out of range; the message names the full key.
+    """
+    if isinstance(node, Mapping):
+        if TARGET in node:
+            return _build_target(node, key)
+        return SimpleNamespace(**{str(name): build(value, _join(key, str(name))) for name, value in node.items()})
+    if isinstance(node, list | tuple):
+        return [build(value, f"{key}[{i}]") for i, value in enumerate(node)]
+    return node
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _build_target(node: Mapping[str, Any], key: str) -> Any:
+    target = locate(node[TARGET])
+    if not dataclasses.is_dataclass(target):
+        return dict(node)
+    hints = typing.get_type_hints(target)
+    names = [f.name for f in dataclasses.fields(target)]
+    for name in node:
+        if name != TARGET and name not in names:
+            raise UserError(f"{_join(key, name)}: no such key{nearest(name, names)}")
+    values = {}
+    for name in names:
+        where = _join(key, name)
+        if name not in node or node[name] == "???":
+            raise UserError(f"{where}: a value is missing")
+        value, kind = node[name], hints[name]
+        plain = typing.get_origin(kind) is dict
+        values[name] = dict(value) if plain and isinstance(value, Mapping) else build(value, where)
+        if not _fits(values[name], kind):
+            raise UserError(f"{where}: expected {_kind_name(kind)}, got {value!r}")
+        if kind is float and values[name] is not None:
+            values[name] = float(values[name])
+    try:
+        return target(**values)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(_join(key, str(error))) from error
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from YAML can stand for an annotation; an int is a float, a bool is no number."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if origin in (typing.Union, UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if kind is type(None):
+        return value is None
+    if kind in (int, float):
+        return isinstance(value, kind if kind is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _kind_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(str(option) for option in typing.get_args(kind))
+    return str(getattr(kind, "__name__", kind)).replace("NoneType", "null").replace("None", "null")
+
+
+# --- rules across groups -----------------------------------------------------------------------------------------------------
+
+
+def world_size(cfg: Any) -> int:
+    return cfg.trainer.devices * cfg.trainer.num_nodes
+
+
+def roles(cfg: Any) -> dict[str, Any]:
+    """The roles of a run that have a network of their own, by name."""
+    return {name: getattr(cfg, name) for name in ("actor", "critic", "reward") if hasattr(cfg, name)}
+
+
+def check(cfg: Any) -> None:
+    """Refuses combinations that no group can judge alone.
+
+    Raises:
+        UserError: names the keys that do not go together.
+    """
+    _check_batches(cfg)
+    _check_lengths(cfg)
+    _check_precision(cfg)
+    _check_rollout(cfg)
+    _check_optimizers(cfg)
+
+
+def _check_optimizers(cfg: Any) -> None:
+    """An offloaded optimizer state needs the optimizer that works on the host, and only then."""
+    learners = {
+        ("sft", "optimizer"): "actor",
+        ("rm", "optimizer"): "reward",
+        ("ppo", "actor_optimizer"): "actor",
+        ("ppo", "critic_optimizer"): "critic",
+    }
+    for (step, key), role in learners.items():
+        if not hasattr(cfg, step) or not hasattr(cfg, role):
+            continue
+        optimizer, offload = getattr(getattr(cfg, step), key), getattr(cfg, role).zero.offload_optimizer
+        if offload != (optimizer.name == "cpu_adam"):
+            raise UserError(
+                f"{role}.zero.offload_optimizer={str(offload).lower()} does not go with {step}.{key}.name={optimizer.name}: "
+                f"choose both or neither"
+            )
+        if optimizer.name == "fused_adam" and cfg.trainer.accelerator == "cpu":
+            raise UserError(f"{step}.{key}.name=fused_adam needs a GPU, but trainer.accelerator=cpu: use adamw")
+
+
+def _divides(key: str, total: int, parts: int, what: str) -> None:
+    if total % parts:
+        raise UserError(f"{key}={total} does not divide by {what} = {parts}: choose a multiple of {parts}")
+
+
+def _check_batches(cfg: Any) -> None:
+    world = world_size(cfg)
+    for name in ("sft", "rm"):
+        step = getattr(cfg, name, None)
+        if step is not None:
+            ranks = f"{name}.micro_batch_size x ranks"
+            _divides(f"{name}.batch_size", step.batch_size, step.micro_batch_size * world, ranks)
+    ppo = getattr(cfg, "ppo", None)
+    if ppo is not None:
+        _divides("ppo.batch_size", ppo.batch_size, world, "the number of ranks")
+        _divides("ppo.minibatch_size", ppo.minibatch_size, ppo.micro_batch_size * world, "ppo.micro_batch_size x ranks")
+
+
+def _check_lengths(cfg: Any) -> None:
+    data = getattr(cfg, "data", None)
+    if data is None:
+        return
+    rollout = getattr(cfg, "rollout", None)
+    if rollout is not None and rollout.max_new_tokens > data.max_answer_tokens:
+        raise UserError(
+            f"rollout.max_new_tokens={rollout.max_new_tokens} passes data.max_answer_tokens={data.max_answer_tokens}: the reward model "
+            "would judge longer answers than it has seen"
+        )
+    for name, role in roles(cfg).items():
+        context = role.model.shape.get("max_position_embeddings")
+        longest = data.max_prompt_tokens + data.max_answer_tokens
+        if context is not None and longest > context:
+            raise UserError(
+                f"data.max_prompt_tokens + data.max_answer_tokens = {longest} passes the context of {name}.model "
+                f"({role.model.name}: {context} tokens): lower one of the two"
+            )
+
+
+def _check_precision(cfg: Any) -> None:
+    trainer = cfg.trainer
+    if trainer.precision == "fp16" and trainer.accelerator == "cpu":
+        raise UserError("trainer.precision=fp16 does not run on trainer.accelerator=cpu: use fp32 or bf16")
+    if trainer.accelerator == "cpu":
+        for name, role in roles(cfg).items():
+            if role.zero.quantized_weights:
+                raise UserError(f"{name}.zero.quantized_weights needs a GPU, but trainer.accelerator=cpu")
+
+
+def _check_rollout(cfg: Any) -> None:
+    rollout = getattr(cfg, "rollout", None)
+    if rollout is None:
+        return
+    if cfg.tp.size != 1:
+        raise UserError(
+            f"tp.size={cfg.tp.size} shards the actor during rollouts, which rollout.engine={rollout.engine} cannot do: set tp=tp1"
+        )
+    if hasattr(cfg, "ppo") and rollout.temperature == 0:
+        raise UserError("rollout.temperature=0 samples greedily, so that PPO has nothing to explore: choose a temperature above 0")
+    if hasattr(cfg, "critic") and cfg.ppo.critic_init == "actor" and cfg.critic.model.name != cfg.actor.model.name:
+        raise UserError(
+            f"ppo.critic_init=actor needs critic.model and actor.model to be the same network, "
+            f"got {cfg.critic.model.name} and {cfg.actor.model.name}"
+        )

@@ -1,0 +1,264 @@
+"""From the rows of a source to examples: one prompt, a better and perhaps a worse answer, as text.
+
+Knows no tokenizer, no phase and no limits. Files of the user are refused at their first bad row; rows of the hub, which no user can
+mend, are dropped and counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import operator
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from string import Formatter
+from typing import Any, Literal
+
+import datasets
+from datasets import Dataset, Features, Value
+
+from rlhf.config import UserError, locate
+from rlhf.data.chat import format_answer, format_prompt
+from rlhf.data.files import hash_files, read_rows
+from rlhf.data.sources import Source
+from rlhf.data.split import hold_out
+from rlhf.settings import ChatFormat
+
+Split = Literal["train", "eval"]
+
+FEATURES = Features({"prompt": Value("string"), "chosen": Value("string"), "rejected": Value("string"), "label": Value("int8")})
+"""Columns of an example. `prompt` is empty for a plain text, which stands in `chosen`; `label` is set for labelled texts only."""
+
+NOT_WANTED = "does not match where"
+CONTENT_BATCH = 1000
+
+
+class RowProblem(Exception):
+    """A row cannot become an example; the message is the reason under which it is counted."""
+
+
+def examples(source: Source, split: Split, *, chat: ChatFormat, eval_fraction: float, seed: int) -> tuple[Dataset, dict[str, int]]:
+    """The examples of one split, in the order of the source, and how many rows were dropped for which reason.
+
+    A source without evaluation rows of its own holds `eval_fraction` of its rows out, drawn with `seed`.
+
+    Returns:
+        Dataset with the columns of FEATURES; prompts and answers are written in the chat format unless the source is `formatted`.
+
+    Raises:
+        UserError: the source cannot be read, lacks a column, or (local files) has an empty or malformed row.
+    """
+    own_eval = source.eval is not None or bool(source.eval_path) or source.generate is not None
+    rows, dropped = _convert_all(source, "eval" if own_eval and split == "eval" else "train", chat)
+    if not own_eval:
+        kept, held = hold_out(len(rows), eval_fraction, seed, source.name, content_hash(rows))
+        rows = rows.select(held if split == "eval" else kept)
+    return rows, dropped
+
+
+def identity(source: Source) -> str:
+    """A hash of where the rows come from and what they are: equal exactly when `examples` would give the same rows."""
+    fields = {key: dict(value) if isinstance(value, Mapping) else value for key, value in vars(source).items()}
+    if source.files:
+        fields |= {"path": hash_files(source.files), "eval_path": hash_files(source.eval_files)}
+    elif source.generate is not None:
+        fields |= {split: _sha256(json.dumps(locate(source.generate)(split))) for split in ("train", "eval")}
+    else:
+        fields |= {"fingerprints": [_load_hub(source, split)._fingerprint for split in (source.train, source.eval) if split]}
+    return _sha256(json.dumps(fields, sort_keys=True, default=list))
+
+
+def content_hash(rows: Dataset) -> str:
+    """sha256 over the texts of all rows, the same on every machine."""
+    digest = hashlib.sha256()
+    for batch in rows.iter(CONTENT_BATCH):
+        digest.update(json.dumps([batch[name] for name in FEATURES]).encode())
+    return digest.hexdigest()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _convert_all(source: Source, split: Split, chat: ChatFormat) -> tuple[Dataset, dict[str, int]]:
+    if source.files:
+        return _from_places(source, read_rows((source.eval_files or source.files) if split == "eval" else source.files), chat)
+    if source.generate is not None:
+        rows = locate(source.generate)(split)
+        return _from_places(source, ((f"{source.name}: row {i}", row) for i, row in enumerate(rows, start=1)), chat)
+    hub = _load_hub(source, source.eval or source.train if split == "eval" else source.train)
+    missing = source.columns - set(hub.column_names)
+    if missing:
+        raise UserError(f"source {source.name!r}: column {min(missing)!r} is missing (columns: {', '.join(hub.column_names)})")
+    convert = functools.partial(_convert_or_reason, source=source, chat=chat)
+    features = Features({**FEATURES, "problem": Value("string")})
+    rows = hub.map(convert, remove_columns=hub.column_names, features=features, desc=f"reading {source.name}")
+    problems = rows["problem"]
+    good = [i for i, problem in enumerate(problems) if problem is None]
+    counts = Counter(p for p in problems if p is not None)
+    return rows.select(good).remove_columns("problem"), _without_unwanted(counts)
+
+
+def _from_places(source: Source, places: Iterable[tuple[str, Mapping[str, Any]]], chat: ChatFormat) -> tuple[Dataset, dict[str, int]]:
+    """Rows that the user can mend: the first that is no example is refused."""
+    columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
+    for place, row in places:
+        missing = source.columns - set(row)
+        if missing:
+            raise UserError(f"{place}: column {min(missing)!r} is missing (the row has: {', '.join(row)})")
+        try:
+            example = convert(row, source=source, chat=chat)
+        except RowProblem as problem:
+            if str(problem) == NOT_WANTED:
+                continue
+            raise UserError(f"{place}: {problem}; mend or delete the row") from None
+        for name, values in columns.items():
+            values.append(example[name])
+    if not columns["prompt"]:
+        raise UserError(f"source {source.name!r}: no row is left, as none has {dict(source.where)} (field where)")
+    return Dataset.from_dict(columns, features=FEATURES), {}
+
+
+def _without_unwanted(counts: Counter[str]) -> dict[str, int]:
+    counts.pop(NOT_WANTED, None)
+    return dict(counts)
+
+
+def _load_hub(source: Source, split: str) -> Dataset:
+    assert isinstance(source.path, str), f"{source.name}: a hub id is one name"
+    folder = Path(source.path)
+    try:
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            saved = datasets.load_from_disk(source.path)
+            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        return datasets.load_dataset(source.path, source.config, split=split, revision=source.revision)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"source {source.name!r}: {source.path!r} (split {split!r}) cannot be read: {type(error).__name__}: {reason}; "
+            "without a network, write the source out with a local file as path"
+        ) from error
+
+
+def _convert_or_reason(row: Mapping[str, Any], source: Source, chat: ChatFormat) -> dict[str, Any]:
+    try:
+        return {**convert(row, source=source, chat=chat), "problem": None}
+    except RowProblem as problem:
+        return {**dict.fromkeys(FEATURES), "problem": str(problem)}
+
+
+def convert(row: Mapping[str, Any], *, source: Source, chat: ChatFormat) -> dict[str, Any]:
+    """One row of a source as an example.
+
+    Raises:
+        RowProblem: the row has no prompt or no answer, or is not wanted.
+    """
+    if any(row[column] != value and str(row[column]) != str(value) for column, value in source.where.items()):
+        raise RowProblem(NOT_WANTED)
+    if source.text is not None:
+        return {"prompt": "", "chosen": _required(source.text, row, "text"), "rejected": None, "label": _label(row, source)}
+    chosen, rejected = _answers(row, source)
+    prompt = _prompt(row, source, chosen, rejected)
+    for word, other in source.replace.items():
+        prompt = prompt.replace(word, other)
+    chosen, rejected = _clean(chosen, source), _clean(rejected, source)
+    if chosen is not None and not chosen.strip():
+        raise RowProblem("the chosen answer is empty")
+    if rejected is not None and not rejected.strip():
+        raise RowProblem("the rejected answer is empty")
+    if not source.formatted:
+        prompt = format_prompt(chat, prompt)
+        chosen, rejected = (None if answer is None else format_answer(chat, answer) for answer in (chosen, rejected))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "label": None}
+
+
+def _answers(row: Mapping[str, Any], source: Source) -> tuple[str | None, str | None]:
+    """(chosen, rejected), in the order of preference, still as the row has them."""
+    better, worse = source.chosen, source.rejected
+    if source.prefer is not None and not _prefers(row, source.prefer):
+        better, worse = worse, better
+    if better is None:
+        return None, None
+    chosen = _optional(better, row) if "chosen" in source.optional else _required(better, row, "chosen")
+    return chosen, None if worse is None else _optional(worse, row)
+
+
+def _prompt(row: Mapping[str, Any], source: Source, chosen: str | None, rejected: str | None) -> str:
+    if source.prompt is not None:
+        return _required(source.prompt, row, "prompt")
+    assert source.transcript is not None, f"{source.name}: without a prompt there must be a transcript"
+    before, marker, _ = (chosen or "").rpartition(source.transcript)
+    if not marker:
+        raise RowProblem(f"the chosen transcript has no {source.transcript!r}")
+    if rejected is not None and rejected.rpartition(source.transcript)[0] != before:
+        raise RowProblem("the two transcripts answer different prompts")
+    return before + marker
+
+
+def _clean(answer: str | None, source: Source) -> str | None:
+    if answer is None:
+        return None
+    if source.transcript is not None:
+        answer = answer.rpartition(source.transcript)[2]
+    for pattern in source.strip:
+        answer = re.sub(pattern, "", answer)
+    return answer
+
+
+def _label(row: Mapping[str, Any], source: Source) -> int | None:
+    if source.label is None:
+        return None
+    try:
+        label = float(row[source.label])
+    except (TypeError, ValueError):
+        label = -1.0
+    if label not in (0, 1):
+        raise RowProblem(f"{source.label} must be 0 or 1, got {row[source.label]!r}")
+    return int(label)
+
+
+_COMPARE = {">=": operator.ge, ">": operator.gt, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le}
+
+
+def _prefers(row: Mapping[str, Any], rule: tuple[Any, ...]) -> bool:
+    left, comparison, right = rule
+    operands = [row[left], row[right] if isinstance(right, str) else right]
+    try:
+        return _COMPARE[comparison](*(float(value) for value in operands))
+    except (TypeError, ValueError):
+        raise RowProblem(f"{left} and {right} must be numbers, got {operands[0]!r} and {operands[1]!r}") from None
+
+
+class _Filler(Formatter):
+    """`str.format` that refuses a null, a lacking column or an empty list instead of writing `None` or failing."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        try:
+            value, used = super().get_field(field_name, args, kwargs)
+        except (KeyError, IndexError, TypeError, AttributeError):
+            value, used = None, ""
+        if value is None:
+            raise RowProblem(f"no value for {{{field_name}}}")
+        return value, used
+
+
+_filler = _Filler()
+
+
+def _required(template: str, row: Mapping[str, Any], name: str) -> str:
+    filled = _filler.vformat(template, (), row)
+    columns = [column for _, column, _, _ in Formatter().parse(template) if column is not None]
+    if columns and not any(str(_filler.get_field(column, (), row)[0]).strip() for column in columns):
+        raise RowProblem(f"the {name} is empty")
+    return filled
+
+
+def _optional(template: str, row: Mapping[str, Any]) -> str | None:
+    """None where the row has no such answer; an answer that is there but blank is for the caller to refuse."""
+    try:
+        return _filler.vformat(template, (), row)
+    except RowProblem:
+        return None

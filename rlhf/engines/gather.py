@@ -1,0 +1,42 @@
+"""Making sharded parameters whole for a moment, and creating them sharded.
+
+The only place that knows how ZeRO-3 keeps parameters; every context does nothing for parameters that are not sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import deepspeed
+import torch
+from torch import nn
+
+from rlhf.engines.config import EngineSpec, engine_config
+
+
+def sharded_init(spec: EngineSpec) -> AbstractContextManager[object]:
+    """Parameters created inside are split over the ranks at once, so that no rank ever holds the whole model."""
+    if spec.stage != 3:
+        return nullcontext()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
+    return deepspeed.zero.Init(config_dict_or_path=engine_config(spec), dtype=dtype)
+
+
+def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
+    """Whole on every rank; changes are dropped at the end."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
+
+
+def gathered_for_writing(parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
+    """Whole on every rank; what rank zero writes is what all ranks keep."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0) if sharded else nullcontext()
+
+
+@contextmanager
+def whole(network: nn.Module) -> Iterator[None]:
+    """All of a network's parameters whole at once: for generation, where a gather for every token would cost far more."""
+    with gathered(list(network.parameters())):
+        yield

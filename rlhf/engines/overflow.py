@@ -1,0 +1,56 @@
+"""fp16: skipping the step of every role when the gradients of one overflow.
+
+Actor and critic learn from the same experience; a step of one alone would leave the other behind. DeepSpeed-Chat has the option
+(`--align_overflow`), but it raises on every DeepSpeed it could be run with. Knows the optimizers' insides; knows no role.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gradients(engine: Any) -> list[Tensor]:
+    """The (loss-scaled) gradients this rank is about to step with: its shards under ZeRO 1-3, the parameters' own at stage 0."""
+    averaged = getattr(engine.optimizer, "averaged_gradients", None)
+    if averaged:
+        return [g for group in averaged.values() for g in (group or []) if g is not None]
+    return [p.grad for p in engine.module.parameters() if p.grad is not None]
+
+
+def has_overflow(engine: Any) -> bool:
+    """Whether any rank's gradients hold an inf or a nan. Collective."""
+    bad = any(not bool(torch.isfinite(g).all()) for g in gradients(engine))
+    flag = torch.tensor(float(bad), device=engine.device)
+    if dist.is_initialized():
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+@contextmanager
+def align_overflow(engines: dict[str, Any]) -> Iterator[None]:
+    """Around the steps of several engines: if one overflows, all skip. A role that skips for another's sake keeps its loss scale."""
+    flags = {role: has_overflow(engine) for role, engine in engines.items()}
+    spared = {}
+    if any(flags.values()):
+        for role, engine in engines.items():
+            if not flags[role]:
+                spared[role] = _scale_state(engine)
+                gradients(engine)[0].fill_(float("inf"))  # the engine's own check then skips the step
+    yield
+    for role, state in spared.items():
+        vars(_scaler(engines[role])).update(state)
+
+
+def _scaler(engine: Any) -> Any:
+    """The object that holds the dynamic loss scale: of its own for ZeRO, the optimizer itself at stage 0."""
+    return getattr(engine.optimizer, "loss_scaler", engine.optimizer)
+
+
+def _scale_state(engine: Any) -> dict[str, float]:
+    return {name: value for name, value in vars(_scaler(engine)).items() if isinstance(value, int | float)}

@@ -1,0 +1,75 @@
+"""Low-rank adapters through PEFT: put them in, say what trains, and give a weight with its adapter folded in.
+
+Knows no engine: a sharded weight is made whole by the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from peft import LoraConfig as PeftLora
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from rlhf.config import UserError
+from rlhf.settings import LoraConfig
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[object]]
+"""Makes some parameters whole for a moment; does nothing outside ZeRO-3."""
+
+
+def add_adapters(model: nn.Module, lora: LoraConfig, *, scalar: bool) -> None:
+    """Adds an adapter to every linear layer that `lora.target_modules` names; the head of a scalar model keeps training whole.
+
+    Raises:
+        UserError: no module has such a name.
+    """
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    config = PeftLora(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, task_type="SEQ_CLS" if scalar else "CAUSAL_LM"
+    )  # fmt: skip
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise UserError(f"lora.target_modules={lora.target_modules}: {error}") from error
+    for name, parameter in model.named_parameters():
+        in_adapted_layer = ".base_layer." in name  # frozen always, as in the original: its adapter learns in its place
+        parameter.requires_grad_(
+            "lora_" in name or name.startswith("score.") or (not lora.only and not in_adapted_layer and name in trained)
+        )
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers with an adapter, by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+@torch.no_grad()
+def init_adapters(model: nn.Module, gather: Gather, is_writer: bool) -> None:
+    """A as PEFT draws it (Kaiming uniform), B zero, so that an adapter begins as no change (Hu et al. 2021, section 4.1).
+
+    PEFT's own initialization acts on parameters that ZeRO-3 has already taken apart, where it does nothing.
+    """
+    for layer in adapted_layers(model).values():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        with gather([a, b]):
+            if is_writer or a.numel():
+                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+                nn.init.zeros_(b)
+
+
+def layer_parameters(layer: LoraLayer) -> list[nn.Parameter]:
+    """What has to be whole to fold an adapter in: base weight, A and B."""
+    base = layer.get_base_layer().weight
+    return [base, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+
+
+@torch.no_grad()
+def folded_weight(layer: LoraLayer) -> Tensor:
+    """The base weight plus scaling x B A (Hu et al. 2021, eq. 3), in the layout and dtype of the base weight."""
+    base = layer.get_base_layer().weight
+    return (base.data.float() + layer.get_delta_weight("default").float()).to(base.dtype)

@@ -1,0 +1,125 @@
+"""Where a network's configuration and weights come from: a hub id, a local folder, an export of a run, or nothing but a shape.
+
+Knows no engine and no training. Weights are read tensor by tensor, so that a model sharded by ZeRO-3 is never whole on one rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from rlhf.config import UserError
+from rlhf.settings import ModelConfig
+
+WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"]
+CONFIG_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+
+DROPOUTS = ("dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop",
+            "embed_dropout", "resid_dropout", "layerdrop")  # fmt: skip
+"""Every name under which a transformers config keeps a dropout probability."""
+
+
+def find_export(path: str, *names: str) -> Path:
+    """The HF-layout folder that `init` means: the folder itself, or `export/<name>` of a run directory.
+
+    Raises:
+        UserError: nothing at `path` looks like a model.
+    """
+    root = Path(path)
+    for folder in [root, *(root / "export" / name for name in names), *(root / name for name in names)]:
+        if (folder / "config.json").is_file():
+            return folder
+    expected = " or ".join(f"export/{name}" for name in names)
+    raise UserError(f"init={path} holds no model: expected config.json there, or in {expected} of a run directory")
+
+
+def weights_folder(model: ModelConfig, init: Path | None) -> Path | None:
+    """The local folder with the weights to start from; hub ids are downloaded. None: random weights.
+
+    Raises:
+        UserError: the hub id cannot be fetched, or the folder has no weights.
+    """
+    if init is not None:
+        return init
+    if not model.pretrained or model.path is None:
+        return None
+    folder = Path(model.path)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(model.path, allow_patterns=CONFIG_FILES + WEIGHT_FILES))
+        except Exception as error:
+            raise UserError(
+                f"model {model.name}: {model.path!r} is neither a local folder nor a model that can be fetched ({type(error).__name__}): "
+                "give model.path a folder in HF layout, or model.pretrained=false for random weights"
+            ) from error
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model {model.name}: {folder} has no config.json, so it is no model in HF layout")
+    return folder
+
+
+def network_config(
+    model: ModelConfig, folder: Path | None, *, dropout: float | None, vocab_size: int, ids: dict[str, int | None]
+) -> PretrainedConfig:
+    """The transformers config of a role.
+
+    Args:
+        folder: weights to start from; their config.json wins over `model.shape`.
+        dropout: overrides every dropout of the config where it is not None.
+        vocab_size: tokens of the tokenizer. A vocabulary that is too small grows to a multiple of 8 (tensor cores; DeepSpeed-Chat's rule);
+            one built from a shape takes that size exactly.
+        ids: `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer.
+    """
+    rounded = -(-vocab_size // 8) * 8
+    if folder is not None:
+        config = AutoConfig.from_pretrained(folder)
+        if config.vocab_size < vocab_size:
+            config.vocab_size = rounded
+    else:
+        shape = {key: value for key, value in model.shape.items() if not key.endswith("_token_id")}
+        if (model.tokenizer is not None and model.tokenizer.startswith("train:")) or shape["vocab_size"] < vocab_size:
+            shape["vocab_size"] = rounded
+        config = AutoConfig.for_model(model.family, **shape)
+    if dropout is not None:
+        for name in DROPOUTS:
+            if hasattr(config, name):
+                setattr(config, name, dropout)
+    for name, value in ids.items():
+        setattr(config, name, value)
+    config.use_cache = True
+    return config
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of every weight in a folder, one at a time, from safetensors or (memory-mapped) .bin files.
+
+    Raises:
+        UserError: no weight file is there, or one is cut short.
+    """
+    files = _shards(folder, "model.safetensors") or sorted(folder.glob("*.safetensors"))
+    try:
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    yield name, tensors.get_tensor(name)
+        if not files:
+            files = _shards(folder, "pytorch_model.bin") or sorted(folder.glob("pytorch_model*.bin"))
+            for file in files:
+                yield from torch.load(file, map_location="cpu", mmap=True, weights_only=True).items()
+    except Exception as error:
+        raise UserError(f"the weights in {folder} cannot be read ({error}): the file is damaged or cut short") from error
+    if not files:
+        raise UserError(f"{folder} has a config.json but no weights (*.safetensors or pytorch_model*.bin)")
+
+
+def _shards(folder: Path, name: str) -> list[Path]:
+    index = folder / f"{name}.index.json"
+    if not index.is_file():
+        return [folder / name] if (folder / name).is_file() else []
+    return [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]

@@ -1,0 +1,30 @@
+"""Which rows make up each minibatch, so that the global minibatch is the same set however many ranks share it.
+
+Knows indices only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def minibatch_rows(rows: int, size: int, *, rank: int, world_size: int, seed: int) -> list[Tensor]:
+    """This rank's local row numbers in each global minibatch of one pass.
+
+    Global row g lives on rank g % world_size as local row g // world_size. The rows are laid out in a table of `rows / size` lines and
+    `size` columns, and each column is shuffled by itself: minibatch j takes line j. Each minibatch then holds one row of every column,
+    hence as many rows of each rank, and nothing in it depends on the number of ranks.
+
+    Args:
+        rows: sequences over all ranks.
+        size: sequences of one minibatch over all ranks; divides `rows`, and `world_size` divides it.
+        seed: the same on every rank.
+
+    Returns:
+        `rows / size` tensors, each (size / world_size,) int64.
+    """
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    lines = torch.rand(rows // size, size, generator=generator, dtype=torch.float64).argsort(dim=0)  # (rows / size, size)
+    table = lines * size + torch.arange(size)
+    return [line[rank::world_size] // world_size for line in table]

@@ -1,0 +1,40 @@
+"""What a configuration may say: the type and the range of every key.
+
+Knows no values (those live in conf/), no torch, no Hydra. Every class is the `_target_` of a config group. A value out of range
+raises ValueError that begins with the field's name; `rlhf.config.build` puts the full key before it.
+"""
+
+from rlhf.settings.data import ChatFormat, DataConfig
+from rlhf.settings.roles import FrozenConfig, LoraConfig, ModelConfig, OptimizerConfig, RoleConfig, SchedulerConfig, ZeroConfig
+from rlhf.settings.run import HardwareConfig, LauncherConfig, TrainerConfig
+from rlhf.settings.steps import (
+    EvaluationConfig,
+    PPOConfig,
+    RewardTrainingConfig,
+    RolloutConfig,
+    SFTConfig,
+    StepConfig,
+    TensorParallelConfig,
+)
+
+__all__ = [
+    "ChatFormat",
+    "DataConfig",
+    "EvaluationConfig",
+    "FrozenConfig",
+    "HardwareConfig",
+    "LauncherConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PPOConfig",
+    "RewardTrainingConfig",
+    "RoleConfig",
+    "RolloutConfig",
+    "SFTConfig",
+    "SchedulerConfig",
+    "StepConfig",
+    "TensorParallelConfig",
+    "TrainerConfig",
+    "ZeroConfig",
+]

@@ -1,0 +1,17 @@
+"""Range checks that name the key they refuse. Know no configuration."""
+
+from __future__ import annotations
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def require_in(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    require(low <= value <= high, f"{name} must lie in [{low}, {high}], got {value}")
+
+
+def require_at_least_one(**values: int) -> None:
+    for name, value in values.items():
+        require(value >= 1, f"{name} must be at least 1, got {value}")

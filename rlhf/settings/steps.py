@@ -1,0 +1,190 @@
+"""The three steps of the recipe and their evaluation.
+
+Types and ranges only: the values live in conf/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf.settings.ranges import require, require_at_least_one, require_in
+from rlhf.settings.roles import OptimizerConfig, SchedulerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """Sizes that every supervised step has."""
+
+    epochs: float
+    batch_size: int
+    """Examples of one optimizer step, over all ranks."""
+    micro_batch_size: int
+    """Examples of one forward pass on one rank."""
+    max_steps: int | None
+    """Stops after so many optimizer steps. None: after `epochs`."""
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, f"epochs must be positive, got {self.epochs}")
+        require_at_least_one(batch_size=self.batch_size, micro_batch_size=self.micro_batch_size)
+        require(self.max_steps is None or self.max_steps >= 0, f"max_steps must not be negative, got {self.max_steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(StepConfig):
+    loss_on: Literal["answer", "all"]
+    """Which tokens are trained: the answer's, or the prompt's as well (as DeepSpeed-Chat does)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.loss_on in ("answer", "all"), f"loss_on must be answer or all, got {self.loss_on}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardTrainingConfig(StepConfig):
+    loss: Literal["end", "tokens"]
+    """Pairwise loss on the score at the last token, or on every token from the first difference on (as DeepSpeed-Chat)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.loss in ("end", "tokens"), f"loss must be end or tokens, got {self.loss}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Hyperparameters of one PPO run; conf/ppo/*.yaml says where each value comes from."""
+
+    iterations: int | None
+    """PPO iterations. None: one pass over the prompts."""
+    batch_size: int
+    """Prompts of one iteration, over all ranks."""
+    samples_per_prompt: int
+    minibatch_size: int
+    """Sequences of one optimizer step, over all ranks."""
+    micro_batch_size: int
+    """Sequences of one training forward pass on one rank."""
+    score_micro_batch_size: int
+    """Sequences of one scoring forward pass on one rank."""
+    epochs: int
+    """Passes over one iteration's experience."""
+    kl_coef: float
+    kl_estimator: Literal["k1", "k2", "k3"]
+    kl_target: float | None
+    """Adaptive KL controller: mean KL of a sequence it steers to. None: `kl_coef` stays fixed."""
+    kl_horizon: int
+    """Sequences over which the adaptive controller reacts."""
+    reward_clip: float | None
+    reward_scaling: bool
+    """Divides scores by the running standard deviation of all scores so far."""
+    missing_eos_penalty: float | None
+    """Subtracted from the score of an answer that did not end. None: off."""
+    gamma: float
+    gae_lambda: float
+    whiten_advantages: bool
+    clip_range: float
+    value_clip_range: float | None
+    value_loss_coef: float
+    entropy_coef: float
+    log_ratio_clamp: float
+    """Bound on |log ratio| before the exponential, so that it stays finite."""
+    max_kl: float | None
+    """Skips the rest of an iteration's minibatches once the mean k1 KL to the old policy passes this. None: off."""
+    critic_warmup: int
+    """Iterations in which only the critic learns."""
+    critic_init: Literal["reward", "actor"]
+    actor_optimizer: OptimizerConfig
+    actor_scheduler: SchedulerConfig
+    critic_optimizer: OptimizerConfig
+    critic_scheduler: SchedulerConfig
+
+    def __post_init__(self) -> None:
+        require_at_least_one(
+            batch_size=self.batch_size, samples_per_prompt=self.samples_per_prompt, minibatch_size=self.minibatch_size,
+            micro_batch_size=self.micro_batch_size, score_micro_batch_size=self.score_micro_batch_size, epochs=self.epochs,
+            kl_horizon=self.kl_horizon,
+        )  # fmt: skip
+        for name in ("kl_coef", "value_loss_coef", "critic_warmup", "clip_range"):
+            require_in(name, getattr(self, name), 0)
+        require_in("gamma", self.gamma, 0, 1)
+        require_in("gae_lambda", self.gae_lambda, 0, 1)
+        require(self.kl_estimator in ("k1", "k2", "k3"), f"kl_estimator must be k1, k2 or k3, got {self.kl_estimator}")
+        require(self.critic_init in ("reward", "actor"), f"critic_init must be reward or actor, got {self.critic_init}")
+        for name in ("kl_target", "reward_clip", "value_clip_range", "max_kl"):
+            require(getattr(self, name) is None or getattr(self, name) > 0, f"{name} must be positive or null, got {getattr(self, name)}")
+        require(self.log_ratio_clamp > 0, f"log_ratio_clamp must be positive, got {self.log_ratio_clamp}")
+        require(self.iterations is None or self.iterations >= 0, f"iterations must not be negative, got {self.iterations}")
+        total = self.batch_size * self.samples_per_prompt
+        require(
+            total % self.minibatch_size == 0,
+            f"minibatch_size must divide batch_size x samples_per_prompt = {total}, got {self.minibatch_size}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How answers are sampled, and by what."""
+
+    engine: Literal["hf_generate", "recorded"]
+    temperature: float
+    """0 is greedy."""
+    top_k: int
+    """0: off."""
+    top_p: float
+    max_new_tokens: int
+    min_new_tokens: int
+    micro_batch_size: int | None
+    """Sequences generated at once on one rank. None: all of them."""
+    recorded_path: str | None
+    """Folder of rollouts saved by `save_to`, for engine=recorded."""
+    save_to: str | None
+    """Saves every rollout here, so that a learner can be run again on the same answers."""
+
+    def __post_init__(self) -> None:
+        require(self.engine in ("hf_generate", "recorded"), f"engine must be hf_generate or recorded, got {self.engine}")
+        for name in ("temperature", "top_k", "min_new_tokens"):
+            require_in(name, getattr(self, name), 0)
+        require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
+        require_at_least_one(max_new_tokens=self.max_new_tokens)
+        require(self.min_new_tokens <= self.max_new_tokens, f"min_new_tokens must not pass max_new_tokens, got {self.min_new_tokens}")
+        require(
+            self.micro_batch_size is None or self.micro_batch_size >= 1, f"micro_batch_size must be at least 1, got {self.micro_batch_size}"
+        )
+        require(self.engine != "recorded" or self.recorded_path is not None, "recorded_path is needed for engine=recorded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorParallelConfig:
+    size: int
+    """Ranks that share one copy of the actor during rollouts."""
+
+    def __post_init__(self) -> None:
+        require_at_least_one(size=self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out comparison of two policies with the same sampling."""
+
+    names: list[str]
+    """What the two policies are called in metrics: the one before (`ref`), then the one after (`actor`)."""
+    prompts: int
+    """Held-out prompts that both policies answer; 0: none."""
+    pairs: int
+    """Held-out pairs on which the reward model is judged; 0: none."""
+    texts: int
+    """Held-out demonstrations on which perplexity is measured; 0: none."""
+    batch_size: int
+    """Rows of one batch, over all ranks."""
+    gold: str | None
+    """Import path of a scorer the training never sees: f(prompts, answers, ended) -> list of floats."""
+    gold_kwargs: dict[str, Any]
+    """Keywords for `gold` when it names a class: it is built once, then called."""
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "pairs", "texts"):
+            require_in(name, getattr(self, name), 0)
+        require_at_least_one(batch_size=self.batch_size)
+        require(len(self.names) == 2 and self.names[0] != self.names[1], f"names must be two different names, got {self.names}")

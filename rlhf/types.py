@@ -1,0 +1,104 @@
+"""What crosses from one room to the next, with its shapes.
+
+Knows no model, no loss and no config. B sequences of this rank, P prompt tokens, A answer tokens, T = P + A.
+Prompts are padded on the left and answers on the right, so position P is the first answer token of every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Batch = TypeVar("Batch", "TextBatch", "PairBatch", "PromptBatch", "Rollout", "Experience")
+
+
+class Rows:
+    """Row-wise operations shared by the batches: every tensor has the batch as its first dimension."""
+
+    def __len__(self) -> int:
+        return next(len(getattr(self, f.name)) for f in fields(self) if isinstance(getattr(self, f.name), Tensor))  # type: ignore[arg-type]
+
+    def map(self: Batch, f) -> Batch:  # type: ignore[misc]
+        changed = {x.name: f(getattr(self, x.name)) for x in fields(self) if isinstance(getattr(self, x.name), Tensor)}
+        return replace(self, **changed)
+
+    def to(self: Batch, device: torch.device | str) -> Batch:  # type: ignore[misc]
+        return self.map(lambda t: t.to(device, non_blocking=True))
+
+    def rows(self: Batch, index: Tensor | slice) -> Batch:  # type: ignore[misc]
+        """The chosen rows, in that order. Lists (texts) follow the tensors."""
+        chosen = self.map(lambda t: t[index])
+        picked = index.tolist() if isinstance(index, Tensor) else range(len(self))[index]
+        lists = {x.name: [getattr(self, x.name)[i] for i in picked] for x in fields(self) if isinstance(getattr(self, x.name), list)}
+        return replace(chosen, **lists)
+
+    def micro_batches(self: Batch, size: int) -> Iterator[Batch]:  # type: ignore[misc]
+        for start in range(0, len(self), size):
+            yield self.rows(slice(start, start + size))
+
+
+@dataclass(kw_only=True)
+class TextBatch(Rows):
+    """Conversations for SFT (and plain text for the pre-training loss), padded on the right."""
+
+    ids: Tensor  # (B, T) int64
+    mask: Tensor  # (B, T) bool, true on tokens
+    loss_mask: Tensor  # (B, T) bool, true on the tokens to predict
+
+
+@dataclass(kw_only=True)
+class PairBatch(Rows):
+    """One prompt with a better and a worse answer, each written out whole and padded on the right."""
+
+    chosen_ids: Tensor  # (B, T) int64
+    chosen_mask: Tensor  # (B, T) bool
+    rejected_ids: Tensor  # (B, T) int64, same T
+    rejected_mask: Tensor  # (B, T) bool
+
+
+@dataclass(kw_only=True)
+class PromptBatch(Rows):
+    """Prompts to answer, padded on the left. `rollout` is filled by the rollout callback before the training step."""
+
+    ids: Tensor  # (B, P) int64
+    mask: Tensor  # (B, P) bool
+    index: Tensor  # (B,) int64, the row's number in the data set
+    texts: list[str]  # B prompts as text
+    rollout: Rollout | None = None
+
+
+@dataclass(kw_only=True)
+class Rollout(Rows):
+    """Sampled answers. With n samples a prompt, row s * B + b answers prompt b (sample-major)."""
+
+    ids: Tensor  # (B, P + A) int64
+    mask: Tensor  # (B, P + A) bool: prompt and answer tokens, the end-of-turn token included
+    action_mask: Tensor  # (B, A) bool: answer tokens, the end-of-turn token included
+    ended: Tensor  # (B,) bool: the answer closed with an end-of-turn token
+    logprobs: Tensor | None = None  # (B, A) fp32 of the sampled tokens, where the engine returns them
+
+    @property
+    def prompt_length(self) -> int:
+        return self.ids.shape[1] - self.action_mask.shape[1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) answer tokens of each row."""
+        return self.action_mask.sum(dim=1)
+
+
+@dataclass(kw_only=True)
+class Experience(Rows):
+    """A scored rollout: all that the losses need. fp32 unless said otherwise; zero where the mask is false."""
+
+    ids: Tensor  # (B, P + A) int64
+    mask: Tensor  # (B, P + A) bool
+    action_mask: Tensor  # (B, A) bool
+    logprobs: Tensor  # (B, A) of the policy that sampled
+    values: Tensor  # (B, A) before each answer token
+    advantages: Tensor  # (B, A)
+    returns: Tensor  # (B, A)
