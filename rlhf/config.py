@@ -15,6 +15,7 @@ from types import SimpleNamespace, UnionType
 from typing import Any
 
 TARGET = "_target_"
+SETTINGS = "rlhf.settings."
 
 
 class UserError(ValueError):
@@ -41,8 +42,8 @@ def locate(path: str) -> Any:
 
 
 def build(node: Any, key: str = "") -> Any:
-    """Turns a resolved config into settings: a mapping with `_target_` of a dataclass becomes that dataclass, any other mapping a
-    namespace, a list a list. Mappings whose target is no dataclass (callbacks, loggers) stay mappings, for Hydra to instantiate.
+    """Turns a resolved config into settings: a mapping with a `_target_` in rlhf.settings becomes that dataclass, any other mapping a
+    namespace, a list a list. Mappings with another target (callbacks, loggers) stay mappings, for Hydra to instantiate.
 
     Raises:
         UserError: an unknown, missing or mistyped key, or a value out of range; the message names the full key.
@@ -61,9 +62,9 @@ def _join(key: str, name: str) -> str:
 
 
 def _build_target(node: Mapping[str, Any], key: str) -> Any:
-    target = locate(node[TARGET])
-    if not dataclasses.is_dataclass(target):
-        return dict(node)
+    if not str(node[TARGET]).startswith(SETTINGS):
+        return dict(node)  # importing it may take seconds; it is looked at where it is built
+    target: Any = locate(node[TARGET])
     hints = typing.get_type_hints(target)
     names = [f.name for f in dataclasses.fields(target)]
     for name in node:
@@ -80,7 +81,7 @@ def _build_target(node: Mapping[str, Any], key: str) -> Any:
         if not _fits(values[name], kind):
             raise UserError(f"{where}: expected {_kind_name(kind)}, got {value!r}")
         if kind is float and values[name] is not None:
-            values[name] = float(values[name])
+            values[name] = float(values[name])  # type: ignore[arg-type]
     try:
         return target(**values)
     except UserError:

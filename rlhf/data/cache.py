@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, DatasetInfo, Features, load_from_disk
 
 from rlhf.config import UserError
 from rlhf.logging import log
@@ -56,7 +56,7 @@ def _store(entry: Path, rows: Dataset, report: dict[str, int]) -> None:
     try:
         rows.save_to_disk(part)
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
-        (part / MANIFEST).write_text(json.dumps({"sizes": sizes, "report": report}))
+        (part / MANIFEST).write_text(json.dumps({"rows": len(rows), "sizes": sizes, "report": report}))
         part.chmod(0o755)  # mkdtemp keeps others out; a cache may be shared
         part.rename(entry)
     except OSError as error:
@@ -73,6 +73,9 @@ def _load(entry: Path) -> Built:
         found = (entry / name).stat().st_size
         if found != size:
             raise ValueError(f"{name} has {found} bytes instead of {size}")
+    if manifest["rows"] == 0:  # load_from_disk fails on a table without a row
+        features = DatasetInfo.from_directory(str(entry)).features or Features()
+        return Dataset.from_dict({name: [] for name in features}, features=features), manifest["report"]
     return load_from_disk(entry), manifest["report"]
 
 

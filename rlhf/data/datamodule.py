@@ -13,12 +13,12 @@ import lightning as L
 import torch.distributed
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.batches import EvalBatches, GlobalBatches
 from rlhf.data.collate import CollatePairs, CollatePrompts, CollateTexts, Padding
 from rlhf.data.phases import phase_rows, ptx_rows
 from rlhf.data.split import Phase
+from rlhf.data.tokenizer import PreTrainedTokenizerBase
 from rlhf.logging import log
 from rlhf.settings import DataConfig
 from rlhf.types import TextBatch
@@ -109,7 +109,7 @@ class RLHFData(L.LightningDataModule):
     def heldout(self, phase: Phase | None = None, limit: int | None = None) -> Dataset:
         """Held-out rows of any step (this one by default), tokenised, the first `limit` of their shuffled order.
 
-        For the ppo step they are prompts that no step trains on.
+        For the ppo step they are prompts that no step trains on. Every rank must ask, as one builds the cache for the others.
         """
         wanted = phase or self.phase
         if wanted == self.phase and self.eval_rows is not None:

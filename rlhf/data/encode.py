@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import datasets
 from datasets import Dataset, Features, List, Value
-from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.split import Phase
-from rlhf.data.tokenizer import encode_answers, encode_prompts, end_of_turn_id
+from rlhf.data.tokenizer import PreTrainedTokenizerBase, encode_answers, encode_prompts, end_of_turn_id
 
 IDS = List(Value("int32"))
 COLUMNS: dict[Phase, Features] = {
@@ -59,10 +58,14 @@ def encode(examples: Dataset, phase: Phase, tokenizer: PreTrainedTokenizerBase, 
     Returns:
         Rows with COLUMNS[phase], in order, and the report: `rows` kept, and how many were dropped for each reason.
     """
+    if len(examples) == 0:  # Dataset.map would lose the columns
+        return Dataset.from_dict({name: [] for name in COLUMNS[phase]}, features=COLUMNS[phase]), {"rows": 0}
     encoder: Callable[..., Encoded] = {"sft": _encode_texts, "reward": _encode_pairs, "ppo": _encode_prompts}[phase]
+    datasets.disable_progress_bars()
     features = Features({**COLUMNS[phase], "problem": Value("string")})
     convert = functools.partial(_columns, encoder=encoder, names=list(features), tokenizer=tokenizer, limits=limits)
-    (datasets.enable_progress_bars if len(examples) > FEW_ROWS else datasets.disable_progress_bars)()
+    if len(examples) > FEW_ROWS:
+        datasets.enable_progress_bars()
     rows = examples.map(
         convert,
         batched=True,
@@ -71,6 +74,7 @@ def encode(examples: Dataset, phase: Phase, tokenizer: PreTrainedTokenizerBase, 
         load_from_cache_file=False,
         desc=f"tokenising {phase}",
     )
+    datasets.disable_progress_bars()
     problems = rows["problem"]
     good = [i for i, problem in enumerate(problems) if problem is None]
     dropped = Counter(problem for problem in problems if problem is not None)

@@ -43,7 +43,8 @@ class RowProblem(Exception):
 def examples(source: Source, split: Split, *, chat: ChatFormat, eval_fraction: float, seed: int) -> tuple[Dataset, dict[str, int]]:
     """The examples of one split, in the order of the source, and how many rows were dropped for which reason.
 
-    A source without evaluation rows of its own holds `eval_fraction` of its rows out, drawn with `seed`.
+    A source without evaluation rows of its own holds `eval_fraction` of its rows out, drawn with `seed`; the dropped rows are then those of
+    both splits.
 
     Returns:
         Dataset with the columns of FEATURES; prompts and answers are written in the chat format unless the source is `formatted`.
@@ -232,26 +233,29 @@ def _prefers(row: Mapping[str, Any], rule: tuple[Any, ...]) -> bool:
         raise RowProblem(f"{left} and {right} must be numbers, got {operands[0]!r} and {operands[1]!r}") from None
 
 
-class _Filler(Formatter):
-    """`str.format` that refuses a null, a lacking column or an empty list instead of writing `None` or failing."""
-
-    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
-        try:
-            value, used = super().get_field(field_name, args, kwargs)
-        except (KeyError, IndexError, TypeError, AttributeError):
-            value, used = None, ""
-        if value is None:
-            raise RowProblem(f"no value for {{{field_name}}}")
-        return value, used
+_parse = functools.cache(lambda template: [(literal, column) for literal, column, _, _ in Formatter().parse(template)])
 
 
-_filler = _Filler()
+def _value(column: str, row: Mapping[str, Any]) -> str:
+    """One `{...}` of a template. A null, a lacking entry or an empty list is refused, where `str.format` would write `None` or fail."""
+    try:
+        value = row[column] if column in row else Formatter().get_field(column, (), row)[0]
+    except (KeyError, IndexError, TypeError, AttributeError):
+        value = None
+    if value is None:
+        raise RowProblem(f"no value for {{{column}}}")
+    return str(value)
+
+
+def _fill(template: str, row: Mapping[str, Any]) -> tuple[str, bool]:
+    """The filled template, and whether any of its columns has more than blanks."""
+    pieces = [(literal, None if column is None else _value(column, row)) for literal, column in _parse(template)]
+    return "".join(literal + (value or "") for literal, value in pieces), any(value and not value.isspace() for _, value in pieces)
 
 
 def _required(template: str, row: Mapping[str, Any], name: str) -> str:
-    filled = _filler.vformat(template, (), row)
-    columns = [column for _, column, _, _ in Formatter().parse(template) if column is not None]
-    if columns and not any(str(_filler.get_field(column, (), row)[0]).strip() for column in columns):
+    filled, has_text = _fill(template, row)
+    if not has_text:
         raise RowProblem(f"the {name} is empty")
     return filled
 
@@ -259,6 +263,6 @@ def _required(template: str, row: Mapping[str, Any], name: str) -> str:
 def _optional(template: str, row: Mapping[str, Any]) -> str | None:
     """None where the row has no such answer; an answer that is there but blank is for the caller to refuse."""
     try:
-        return _filler.vformat(template, (), row)
+        return _fill(template, row)[0]
     except RowProblem:
         return None

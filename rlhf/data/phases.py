@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset, Features, Value
-from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import UserError
 from rlhf.data.cache import cache_folder, cached
@@ -21,6 +20,7 @@ from rlhf.data.encode import Limits, chunk_texts, encode
 from rlhf.data.examples import FEATURES, Split, content_hash, examples, identity
 from rlhf.data.sources import Source, resolve
 from rlhf.data.split import PHASES, Phase, blend, divide, generator
+from rlhf.data.tokenizer import PreTrainedTokenizerBase
 from rlhf.settings import DataConfig
 
 CODE_VERSION = 1

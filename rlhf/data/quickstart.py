@@ -20,7 +20,7 @@ from rlhf.data.split import generator
 
 SEED = 20230802
 DEMONSTRATIONS = {"train": 2400, "eval": 240}
-PAIRS = {"train": 4800, "eval": 800}
+PAIRS = {"train": 16000, "eval": 800}
 """Rows a split. A pair's row serves either the reward model (as a pair) or PPO (as a prompt)."""
 
 RIGHT = 0.5
@@ -30,6 +30,9 @@ SECOND_FAULT = 0.3
 FAULTS = {"too few": 0.3, "too many": 0.3, "repeated": 0.2, "wrong kind": 0.2}
 MOST_EXTRA = 2
 """Items too many that one fault adds at most."""
+
+MARGIN = 0.25
+"""Least difference in score between the two answers of a pair: what a careful judge would see."""
 
 PARTIAL_CREDIT = 0.5
 """Best score of an answer that is not exactly right."""
@@ -62,6 +65,10 @@ TEMPLATES = tuple(
 HELD_OUT = frozenset((COUNTS[2 * i % len(COUNTS)], kind) for i, kind in enumerate(KINDS))
 """One count of each kind is never trained on."""
 
+COMBINATIONS = {
+    split: [(n, kind) for n in COUNTS for kind in KINDS if ((n, kind) in HELD_OUT) == (split == "eval")] for split in ("train", "eval")
+}
+
 _REQUEST = re.compile(rf"\b([{COUNTS[0]}-{COUNTS[-1]}]) ({'|'.join(KINDS)})\b")
 
 Answer = list[str]
@@ -87,7 +94,7 @@ def generate(split: str) -> list[dict[str, str]]:
         prompt, n, kind = _request(rng, split)
         one, other = (_text(_write(rng, n, kind)) for _ in range(2))
         score, other_score = gold([prompt] * 2, [one, other], [True] * 2)
-        if score != other_score:
+        if abs(score - other_score) >= MARGIN:
             chosen, rejected = (one, other) if score > other_score else (other, one)
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
@@ -124,7 +131,7 @@ def _gold(prompt: str, answer: str, ended: bool) -> float:
 
 def _request(rng: np.random.Generator, split: str) -> tuple[str, int, str]:
     """A request with its count and kind, from the combinations of this split."""
-    combinations = [(n, kind) for n in COUNTS for kind in KINDS if ((n, kind) in HELD_OUT) == (split == "eval")]
+    combinations = COMBINATIONS[split]
     n, kind = combinations[rng.integers(len(combinations))]
     return TEMPLATES[rng.integers(len(TEMPLATES))].format(n=n, kind=kind), n, kind
 

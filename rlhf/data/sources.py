@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
+from types import SimpleNamespace
 from typing import Any
 
 from rlhf.config import UserError, nearest
@@ -22,7 +23,8 @@ refuses to run)."""
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One data set. Templates are `str.format` strings over a row, such as `{question[full_text]}` or `{answers[zh_cn][0][text]}`."""
+    """One data set. Templates are texts with columns of the row in braces, in the syntax of `str.format`, such as
+    `{question[full_text]}` or `{answers[zh_cn][0][text]}`."""
 
     name: str
     path: str | tuple[str, ...] | None = None
@@ -112,7 +114,7 @@ def _check_template(source: str, name: str, template: Any) -> None:
         columns = template_columns(template)
     except (ValueError, TypeError) as error:
         raise UserError(f"source {source!r}: {name} is no template ({error}), got {template!r}; write a column as {{column}}") from error
-    if "" in columns or any(column.isdigit() for column in columns):
+    if not columns or "" in columns or any(column.isdigit() for column in columns):
         raise UserError(f"source {source!r}: {name} must name its columns, as in {{question}}, got {template!r}")
 
 
@@ -193,27 +195,47 @@ SOURCES: dict[str, Source] = _table(
 )  # fmt: skip
 
 
-def resolve(item: str | Mapping[str, Any], path: str | None) -> Source:
+def resolve(item: str | Mapping[str, Any] | SimpleNamespace, path: str | None) -> Source:
     """The source that an entry of `data.sources` means.
 
     Args:
-        item: a name of the table, or a mapping with the fields of `Source`; a mapping with a name of the table changes that row.
+        item: a name of the table, or a mapping (or namespace) with the fields of `Source`; one with a name of the table changes that row.
         path: `data.path`, for the generic kinds.
 
     Raises:
         UserError: unknown name or field, a field of the wrong kind, or no file for a generic kind.
     """
+    item = _plain(item)
     if isinstance(item, str):
         if item not in SOURCES:
             raise UserError(f"data.sources: no source is called {item!r}{nearest(item, SOURCES)}; known: {', '.join(SOURCES)}")
         source = SOURCES[item]
-    else:
+    elif isinstance(item, Mapping):
         source = _from_mapping(item)
+    else:
+        raise UserError(f"data.sources: an entry is a name or a mapping with the fields of a source, got {item!r}")
     if source.path is None and source.generate is None:
         if path is None:
             raise UserError(f"data.path is missing: source {source.name!r} reads a local file, so set data.path=FILE.jsonl")
         source = dataclasses.replace(source, path=path)
+    _check_files(source)
     return source
+
+
+def _plain(item: Any) -> Any:
+    """Namespaces, which `rlhf.config.build` makes of mappings, as mappings again."""
+    return {key: _plain(value) for key, value in vars(item).items()} if isinstance(item, SimpleNamespace) else item
+
+
+def _check_files(source: Source) -> None:
+    paths = (source.path,) if isinstance(source.path, str) else source.path or ()
+    odd = [p for p in paths if Path(p).suffix not in FILE_SUFFIXES]
+    if (source.files and odd) or len(odd) > 1 or any(Path(p).is_file() for p in odd):
+        raise UserError(f"source {source.name!r}: path {odd[0]!r} is no {', '.join(FILE_SUFFIXES)} file")
+    if source.files and source.eval is not None:
+        raise UserError(f"source {source.name!r}: eval names a split of the hub; for a local file give the evaluation rows by eval_path")
+    if source.eval_path and not (source.files and source.eval_files):
+        raise UserError(f"source {source.name!r}: eval_path goes with a path of local files, and must name local files itself")
 
 
 def _from_mapping(item: Mapping[str, Any]) -> Source:

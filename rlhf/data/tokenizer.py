@@ -16,7 +16,15 @@ from rlhf.config import UserError
 from rlhf.data.chat import format_answer, format_prompt, jinja_template
 from rlhf.settings import ChatFormat, ModelConfig
 
-__all__ = ["encode_answers", "encode_prompts", "end_of_turn_id", "format_answer", "format_prompt", "load_tokenizer"]
+__all__ = [
+    "PreTrainedTokenizerBase",  # for the rest of the room, which does not import transformers
+    "encode_answers",
+    "encode_prompts",
+    "end_of_turn_id",
+    "format_answer",
+    "format_prompt",
+    "load_tokenizer",
+]
 
 PAD, UNK, EOS = "<|pad|>", "<|unk|>", "<|endoftext|>"
 SMALLEST_BPE = 256 + 2

@@ -1,0 +1,93 @@
+"""Reading files: what is refused, with file and line, and what is held out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from data_fixtures import CHAT, pair_rows, write_jsonl
+
+from rlhf.config import UserError
+from rlhf.data.examples import examples, identity
+from rlhf.data.sources import resolve
+
+
+def read(item: Any, path: Path | str, split: Any = "train", eval_fraction: float = 0.0) -> datasets.Dataset:
+    return examples(resolve(item, str(path)), split, chat=CHAT, eval_fraction=eval_fraction, seed=1)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"prompt": "q", "chosen": "a"}\n{"prompt": "q", \n', r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", '{"prompt": "q", "chosen": "a"}\n\n{"prompt": "", "chosen": "a"}\n', r"a\.jsonl:3: the prompt is empty"),
+        ("a.jsonl", '{"prompt": "q", "chosen": " "}\n', r"a\.jsonl:1: the chosen is empty"),
+        ("a.jsonl", '{"prompt": "q", "chose": "a"}\n', r"a\.jsonl:1: column 'chosen' is missing \(the row has: prompt, chose\)"),
+        ("a.jsonl", '["q", "a"]\n', r"a\.jsonl:1: expected an object"),
+        ("a.jsonl", "\n", r"a\.jsonl: the file has no rows"),
+        ("a.json", '[{"prompt": "q", "chosen": "a"}, {"prompt": "q", "chosen": null}]', r"a\.json: row 2: no value for \{chosen\}"),
+        ("a.json", '[{"prompt": \n', r"a\.json:2: not JSON"),
+        ("a.json", "3", r"a\.json: expected a list"),
+        ("a.csv", 'prompt,chosen\n"two\nlines",a\nq,\n', r"a\.csv:4: the chosen is empty"),
+        ("a.csv", "prompt,chosen\nq\n", r"a\.csv:2: the row has another number of cells"),
+        ("a.parquet", "no parquet", r"a\.parquet: not a Parquet file"),
+        ("a.txt", "q a", r"a\.txt' is no \.jsonl"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read("pairs", tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.jsonl: the file does not exist"):
+        read("pairs", tmp_path / "absent.jsonl")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_every_kind_of_file_gives_the_same_examples(tmp_path: Path, suffix: str) -> None:
+    rows = datasets.Dataset.from_list(pair_rows(5))
+    path = tmp_path / f"rows.{suffix}"
+    {"jsonl": rows.to_json, "json": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](str(path))
+    first = read("pairs", path)[0]
+    assert first == {"prompt": " Human: question0 Assistant:", "chosen": " good0 answer", "rejected": " bad0", "label": None}
+
+
+def test_rows_of_the_hub_are_dropped_and_counted(tmp_path: Path) -> None:
+    rows = [{"question": "q", "sentence": "s"}, {"question": None, "sentence": "s"}, {"question": "q", "sentence": " "}]
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "hub")
+    kept, dropped = examples(
+        resolve({"name": "qg_jaquad", "path": str(tmp_path / "hub")}, None), "train", chat=CHAT, eval_fraction=0.0, seed=1
+    )
+    assert len(kept) == 1 and dropped == {"no value for {question}": 1, "the chosen is empty": 1}
+    with pytest.raises(UserError, match="column 'INSTRUCTION' is missing"):
+        read({"name": "zhihu_kol", "path": str(tmp_path / "hub")}, "")
+
+
+def test_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", pair_rows(50))
+    train, held = (read("pairs", path, split, 0.2)["prompt"][:] for split in ("train", "eval"))
+    assert (len(train), len(held)) == (40, 10) and not set(train) & set(held)
+    own = {"name": "pairs", "eval_path": write_jsonl(tmp_path / "b.jsonl", pair_rows(3))}
+    assert (len(read(own, path, "train", 0.2)), len(read(own, path, "eval", 0.2))) == (50, 3)
+
+
+def test_where_keeps_the_rows_asked_for_and_labels_must_be_0_or_1(tmp_path: Path) -> None:
+    rows = [{"text": "fine film", "label": 1, "source": "imdb"}, {"text": "dull", "label": 0, "source": "other"}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    kept = read({"name": "labelled", "where": {"source": "imdb"}}, path)
+    assert kept[:] == {"prompt": [""], "chosen": ["fine film"], "rejected": [None], "label": [1]}
+    with pytest.raises(UserError, match="no row is left"):
+        read({"name": "labelled", "where": {"source": "imbd"}}, path)
+    with pytest.raises(UserError, match=r":1: label must be 0 or 1, got 2"):
+        read("labelled", write_jsonl(tmp_path / "b.jsonl", [{"text": "x", "label": 2}]))
+
+
+def test_identity_follows_the_content_not_the_name(tmp_path: Path) -> None:
+    one, same = (resolve("pairs", write_jsonl(tmp_path / name, pair_rows(3))) for name in ("a.jsonl", "b.jsonl"))
+    assert identity(one) == identity(same)
+    write_jsonl(tmp_path / "b.jsonl", pair_rows(4))
+    assert identity(one) != identity(same)
