@@ -58,7 +58,7 @@ def save_scalar(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> 
 def write_pairs(file: Path, rows: int = 64, *, seed: int = 0) -> Path:
     """A jsonl of prompts with a better and a worse answer: the better one is the words of the prompt in order."""
     rng = random.Random(seed)
-    words = "red blue green black white brown pink grey".split()
+    words = ["red", "blue", "green", "black", "white", "brown", "pink", "grey"]
     with file.open("w") as f:
         for _ in range(rows):
             some = rng.sample(words, 3)

@@ -128,7 +128,7 @@ def pairwise_token_loss(
     position = torch.arange(chosen_ids.shape[1], device=chosen_ids.device)  # (T,)
     either = chosen_mask | rejected_mask  # (B, T)
     last = torch.where(either, position, -1).amax(dim=1, keepdim=True)  # (B, 1)
-    differs = ((chosen_ids != rejected_ids) | (chosen_mask != rejected_mask)) & either  # (B, T)
+    differs = (chosen_ids != rejected_ids) | (chosen_mask != rejected_mask)  # (B, T)
     first = torch.where(differs, position, last).amin(dim=1, keepdim=True)  # (B, 1)
     compared = (first <= position) & (position <= last)  # (B, T)
     # Replaced before the logarithm, so that nothing outside reaches the gradient.

@@ -2,8 +2,8 @@
 
 Knows no tokenizer, no chat format and no training. Everything is drawn from SEED, so the task is the same everywhere.
 
-A request such as `please name 4 fruits for me` is answered by `apple , plum , fig , kiwi`. Held-out requests ask for combinations of
-count and kind that no training row has, although each count and each kind is trained on. Both answers of a pair come from the same
+A request such as `please name 4 fruits for me` is answered by `apple , plum , fig , kiwi`. Held-out requests are
+worded, counted and aimed at a kind in a way that no training row is, although each part is trained on. Both answers of a pair come from the same
 noisy writer as the demonstrations, so the worse one is something a policy trained on them would say.
 """
 
@@ -62,12 +62,8 @@ TEMPLATES = tuple(
         ("", ".", "for me", "if you can"),
     )
 )
-HELD_OUT = frozenset((COUNTS[2 * i % len(COUNTS)], kind) for i, kind in enumerate(KINDS))
-"""One count of each kind is never trained on."""
-
-COMBINATIONS = {
-    split: [(n, kind) for n in COUNTS for kind in KINDS if ((n, kind) in HELD_OUT) == (split == "eval")] for split in ("train", "eval")
-}
+HELD_OUT = 0.1
+"""Share of the requests (template, count and kind together) that no training row makes."""
 
 _REQUEST = re.compile(rf"\b([{COUNTS[0]}-{COUNTS[-1]}]) ({'|'.join(KINDS)})\b")
 
@@ -129,11 +125,19 @@ def _gold(prompt: str, answer: str, ended: bool) -> float:
     return (1.0 if exact else PARTIAL_CREDIT * share) * (1.0 if ended else CUT_OFF)
 
 
+@functools.cache
+def requests(split: str) -> list[tuple[str, int, str]]:
+    """Every request of a split as text, count and kind; the two splits have none in common."""
+    every = [(template.format(n=n, kind=kind), n, kind) for template in TEMPLATES for n in COUNTS for kind in KINDS]
+    order = generator("quickstart requests", SEED).permutation(len(every))
+    held_out = int(HELD_OUT * len(every))
+    return [every[i] for i in (order[:held_out] if split == "eval" else order[held_out:])]
+
+
 def _request(rng: np.random.Generator, split: str) -> tuple[str, int, str]:
-    """A request with its count and kind, from the combinations of this split."""
-    combinations = COMBINATIONS[split]
-    n, kind = combinations[rng.integers(len(combinations))]
-    return TEMPLATES[rng.integers(len(TEMPLATES))].format(n=n, kind=kind), n, kind
+    """A request of this split with its count and kind."""
+    choices = requests(split)
+    return choices[rng.integers(len(choices))]
 
 
 def _write(rng: np.random.Generator, n: int, kind: str) -> Answer:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import deepspeed
-import torch
 from torch import nn
 
 from rlhf.engines.config import EngineSpec, engine_config
@@ -19,8 +18,8 @@ def sharded_init(spec: EngineSpec) -> AbstractContextManager[object]:
     """Parameters created inside are split over the ranks at once, so that no rank ever holds the whole model."""
     if spec.stage != 3:
         return nullcontext()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.precision]
-    return deepspeed.zero.Init(config_dict_or_path=engine_config(spec), dtype=dtype)
+    # No dtype: the config says it. Given one, DeepSpeed 0.19 takes bf16 instead wherever the device has no fp16.
+    return deepspeed.zero.Init(config_dict_or_path=engine_config(spec))
 
 
 def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[object]:

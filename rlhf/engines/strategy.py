@@ -25,6 +25,7 @@ from rlhf.engines.config import EngineSpec, engine_config
 from rlhf.engines.gather import gathered, gathered_for_writing, sharded_init, whole
 from rlhf.engines.optimizers import build_optimizer, build_scheduler
 from rlhf.engines.overflow import align_overflow, has_overflow
+from rlhf.models.networks import restore_rotary
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class RoleStrategy(DeepSpeedStrategy):
         )
         if spec.zero.quantized_weights:
             engine.optimizer.quantize_nontrainable_params()
+        restore_rotary(network)
         self.engines[role] = engine
         return engine
 

@@ -60,3 +60,16 @@ class ScalarModel(Network):
 def init_scalar_head(head: nn.Linear) -> None:
     """Normal with std 1/sqrt(D + 1), so that fresh scores have unit size (Stiennon et al. 2020, appendix; the N details blog)."""
     head.weight.normal_(std=(head.in_features + 1) ** -0.5)
+
+
+def restore_rotary(network: nn.Module) -> None:
+    """Gives rotary embeddings their fp32 frequencies back, after an engine has cast every buffer to 16 bits.
+
+    A bf16 frequency is off by up to 2^-9, half a radian at position 256.
+    """
+    for module in network.modules():
+        if "inv_freq" in module._buffers and hasattr(module, "config"):
+            device = module.inv_freq.device
+            fresh = type(module)(module.config)
+            for name, buffer in fresh.named_buffers():
+                module._buffers[name] = buffer.float().to(device)

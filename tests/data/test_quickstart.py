@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.data.quickstart import HELD_OUT, KINDS, MOST_EXTRA, demonstrations, generate, gold
+from rlhf.data.quickstart import KINDS, MOST_EXTRA, demonstrations, generate, gold, requests
 
 REQUEST = " Human: please name 3 fruits . Assistant:"
 
@@ -51,13 +51,12 @@ def test_about_half_of_the_demonstrations_are_right() -> None:
     assert max(row["chosen"].count(",") + 1 for row in rows) <= 5 + 2 * MOST_EXTRA
 
 
-def test_held_out_requests_are_combinations_that_training_never_sees() -> None:
-    def combinations(split: str) -> set[tuple[int, str]]:
-        words = [row["prompt"].split() for row in (*generate(split), *demonstrations(split))]
-        return {(n, kind) for n in range(1, 6) for kind in KINDS if any(str(n) in row and kind in row for row in words)}
+def test_held_out_requests_are_never_trained_on() -> None:
+    def prompts(split: str) -> set[str]:
+        return {row["prompt"] for rows in (generate(split), demonstrations(split)) for row in rows}
 
-    assert combinations("eval") == HELD_OUT and not combinations("train") & HELD_OUT
-    assert {n for n, _ in combinations("train")} == set(range(1, 6)) and {kind for _, kind in combinations("train")} == set(KINDS)
+    assert prompts("eval") <= {text for text, _, _ in requests("eval")} and not prompts("train") & prompts("eval")
+    assert {n for _, n, _ in requests("eval")} == set(range(1, 6)) and {kind for _, _, kind in requests("eval")} == set(KINDS)
 
 
 def test_no_item_belongs_to_two_kinds() -> None:

@@ -1,0 +1,82 @@
+"""fp32: the same iteration whatever the ZeRO stage, the number of ranks and the split into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import column, composed, run_together
+from tiny import write_pairs
+
+SMALL = (
+    "model@actor.model=tiny", "model@critic.model=tiny", "model@reward.model=tiny", "data=pairs", "data.max_prompt_tokens=12",
+    "data.max_answer_tokens=8", "data.split=[1,1,2]", "ppo.iterations=3", "ppo.batch_size=8", "ppo.minibatch_size=8", "ppo.micro_batch_size=4",
+    "ppo.score_micro_batch_size=4", "ppo.epochs=2", "ppo.actor_optimizer.lr=1e-2", "ppo.critic_optimizer.lr=1e-2",
+    "ppo.actor_scheduler.warmup=0", "ppo.critic_scheduler.warmup=0", "callbacks=none",
+)  # fmt: skip
+COMPARED = (
+    "actor/loss", "actor/entropy", "actor/grad_norm", "actor/approx_kl", "critic/loss", "critic/grad_norm", "rollout/kl", "rollout/reward",
+    "critic/explained_variance", "ppo/advantage_std",
+)  # fmt: skip
+
+SETUPS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "stage 0, micro 2": (1, ("ppo.micro_batch_size=2", "ppo.score_micro_batch_size=3")),
+    "stage 1": (1, ("zero@actor.zero=z1", "zero@critic.zero=z1")),
+    "stage 2": (1, ("zero@actor.zero=z2", "zero@critic.zero=z2")),
+    "stage 3": (1, ("zero@actor.zero=z3", "zero@critic.zero=z3", "zero@ref.zero=z3", "zero@reward.zero=z3")),
+    "2 ranks": (2, ("ppo.micro_batch_size=2",)),
+    "2 ranks, mixed stages": (2, ("zero@actor.zero=z2", "zero@critic.zero=z1", "ppo.micro_batch_size=4")),
+    "2 ranks, stage 3": (
+        2, ("zero@actor.zero=z3", "zero@critic.zero=z3", "zero@ref.zero=z3", "zero@reward.zero=z3", "ppo.micro_batch_size=1",
+            "actor.zero.persistence_threshold=0"),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Every setup run on the same recorded answers, from the same starting weights, in one launch for each number of ranks."""
+    root = tmp_path_factory.mktemp("invariance")
+    data = f"data.path={write_pairs(root / 'pairs.jsonl', 64)}"
+    start = ("sft.max_steps=2", "sft.batch_size=8", "sft.micro_batch_size=8", "rm.max_steps=2", "rm.batch_size=8", "rm.micro_batch_size=8")
+
+    def config(verb: str, name: str, *extra: str) -> dict[str, Any]:
+        chosen = [o for o in (*SMALL, *start) if _belongs(o, verb)]
+        return composed(verb, *chosen, data, f"data.cache_dir={root / 'cache'}", f"run_dir={root / name.replace(', ', '-').replace(' ', '-')}", *extra)
+
+    init = (f"actor.init={root / 'sft'}", f"reward.init={root / 'reward'}")
+    rollouts = root / "rollouts"
+    first = [config("sft", "sft"), config("reward", "reward", f"reward.init={root / 'sft'}"), config("ppo", "base", *init, f"rollout.save_to={rollouts}")]
+    alone: list[dict[str, Any]] = []
+    together: list[dict[str, Any]] = []
+    for name, (world, extra) in SETUPS.items():
+        job = config("ppo", name, *init, "rollout=recorded", f"rollout.recorded_path={rollouts}", f"trainer.devices={world}", *extra)
+        (alone if world == 1 else together).append(job)
+    run_together(first + alone, world=1)
+    run_together(together, world=2)
+    yield {name: root / name.replace(', ', '-').replace(' ', '-') for name in ["base", *SETUPS]}
+
+
+def _belongs(override: str, verb: str) -> bool:
+    """Whether a verb has the section that an override changes."""
+    sections = {"sft": ("actor", "sft"), "reward": ("reward", "rm"), "ppo": ("actor", "critic", "reward", "ppo")}[verb]
+    key = override.split("=")[0]
+    return key.split("@")[-1].split(".")[0] in (*sections, "data", "callbacks")
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("setup", SETUPS)
+def test_every_setup_learns_the_same(runs: dict[str, Path], setup: str) -> None:
+    for name in COMPARED:
+        expected, found = column(runs["base"], name), column(runs[setup], name)
+        assert found == pytest.approx(expected, rel=1e-4, abs=2e-6), name
+
+
+@pytest.mark.launch
+def test_the_first_step_starts_from_the_policy_that_sampled(runs: dict[str, Path]) -> None:
+    assert column(runs["base"], "actor/ratio_first") != column(runs["base"], "actor/ratio_max")
+    assert column(runs["base"], "actor/ratio_first")[0] == pytest.approx(1.0, abs=1e-5)
+    assert column(runs["base"], "rollout/kl")[0] == pytest.approx(0.0, abs=1e-4)
+    assert abs(column(runs["base"], "rollout/kl")[2]) > 1e-3
