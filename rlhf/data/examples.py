@@ -54,6 +54,9 @@ def examples(source: Source, split: Split, *, chat: ChatFormat, eval_fraction: f
     """
     own_eval = source.eval is not None or bool(source.eval_path) or source.generate is not None
     rows, dropped = _convert_all(source, "eval" if own_eval and split == "eval" else "train", chat)
+    if source.share is not None:
+        low, high = source.share
+        rows = rows.select([i for i, row in enumerate(rows) if low <= _place(row) < high])
     if not own_eval:
         kept, held = hold_out(len(rows), eval_fraction, seed, source.name, content_hash(rows))
         rows = rows.select(held if split == "eval" else kept)
@@ -78,6 +81,11 @@ def content_hash(rows: Dataset) -> str:
     for batch in rows.iter(CONTENT_BATCH):
         digest.update(json.dumps([batch[name] for name in FEATURES]).encode())
     return digest.hexdigest()
+
+
+def _place(row: Mapping[str, Any]) -> float:
+    """A row's place in [0, 1), from its texts alone."""
+    return int(_sha256(json.dumps([row[name] for name in FEATURES]))[:13], 16) / 16**13
 
 
 def _sha256(text: str) -> str:

@@ -57,6 +57,9 @@ class Source:
     """Words exchanged in the prompt."""
     where: Mapping[str, Any] = field(default_factory=dict)
     """Keeps only rows whose columns have these values."""
+    share: tuple[float, float] | None = None
+    """Keeps only this part of the rows, such as `[0, 0.7]`: a row's place in [0, 1) is a hash of its texts, so that two runs with
+    parts that do not overlap share no row."""
     text: str | None = None
     """Template of a plain text; prompt and answers are then not read. SFT learns to write it."""
     label: str | None = None
@@ -73,6 +76,8 @@ class Source:
                 f"source {self.name!r}: prefer must be [column, operator, column or number] with one of {' '.join(OPERATORS)}, "
                 f"got {list(self.prefer)}"
             )
+        if self.share is not None and not (len(self.share) == 2 and 0 <= self.share[0] < self.share[1] <= 1):
+            raise UserError(f"source {self.name!r}: share must be [from, to] with 0 <= from < to <= 1, got {list(self.share)}")
         if self.label is not None and self.text is None:
             raise UserError(f"source {self.name!r}: label needs text, the template of the labelled text")
 

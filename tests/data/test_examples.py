@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,17 @@ def test_identity_follows_the_content_not_the_name(tmp_path: Path) -> None:
     assert identity(one) == identity(same)
     write_jsonl(tmp_path / "b.jsonl", pair_rows(4))
     assert identity(one) != identity(same)
+
+
+def test_shares_of_a_source_divide_its_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": f"text number {i}"}) + "\n" for i in range(400)))
+
+    def texts(share: list[float]) -> set[str]:
+        source = resolve({"name": "text", "path": str(file), "share": share}, None)
+        return set(examples(source, "train", chat=CHAT, eval_fraction=0.0, seed=1)[0]["chosen"])
+
+    first, second = texts([0, 0.7]), texts([0.7, 1])
+    assert not first & second and len(first | second) == 400 and 240 < len(first) < 320
+    with pytest.raises(UserError, match=r"share must be \[from, to\]"):
+        texts([0.7, 0.2])
