@@ -17,6 +17,15 @@ from typing import Any
 TARGET = "_target_"
 SETTINGS = "rlhf.settings."
 
+TOP_LEVEL = (
+    "verb", "seed", "run_dir", "resume", "steps", "sweep_metric",
+    "data", "trainer", "launcher", "logger", "callbacks", "hardware",
+    "actor", "critic", "ref", "reward", "sft", "rm", "ppo", "rollout", "tp", "evaluation",
+)  # fmt: skip
+"""Every key that a verb or a sweep may have at the top: another one would be read by nobody."""
+LARGEST_SEED = 2**32 - 1
+"""numpy's limit."""
+
 
 class UserError(ValueError):
     """The input is refused: one sentence that says what is wrong and what to do. The command ends with exit code 2."""
@@ -134,11 +143,36 @@ def check(cfg: Any) -> None:
     Raises:
         UserError: names the keys that do not go together.
     """
+    _check_top(cfg)
+    _check_launcher(cfg)
     _check_batches(cfg)
     _check_lengths(cfg)
     _check_precision(cfg)
     _check_rollout(cfg)
     _check_optimizers(cfg)
+
+
+def _check_top(cfg: Any) -> None:
+    """What no group describes: the plain keys, and entries that Hydra instantiates."""
+    for name in vars(cfg):
+        if name not in TOP_LEVEL:
+            raise UserError(f"{name}: no such key{nearest(name, TOP_LEVEL)}")
+    if not _fits(cfg.seed, int) or not 0 <= cfg.seed <= LARGEST_SEED:
+        raise UserError(f"seed must be a whole number in [0, {LARGEST_SEED}], got {cfg.seed!r}")
+    if not isinstance(cfg.resume, bool):
+        raise UserError(f"resume must be true or false, got {cfg.resume!r}")
+    for group in ("callbacks", "logger"):
+        for name, node in vars(getattr(cfg, group)).items():
+            if not isinstance(node, Mapping):  # `build` leaves only mappings with a target as they are
+                raise UserError(f"{group}.{name} names no class: give {group}.{name}.{TARGET}=package.module.Class")
+
+
+def _check_launcher(cfg: Any) -> None:
+    name = cfg.launcher.name
+    if cfg.trainer.num_nodes > 1 and name == "local":
+        raise UserError("trainer.num_nodes > 1 needs launcher=slurm, launcher=hostfile or launcher=external: local starts one node")
+    if cfg.verb == "pipeline" and name != "local":
+        raise UserError(f"launcher={name} starts one job, but rlhf pipeline runs several: call sft, reward and ppo one by one")
 
 
 def _check_optimizers(cfg: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rlhf.cli import rundir
@@ -14,9 +15,14 @@ DONE, FAILED, REFUSED = 0, 1, 2
 
 
 def report(config: Mapping[str, Any], error: BaseException) -> int:
-    """Records the error in rank zero's summary (never over a finished one) and returns the exit code."""
+    """Says what is wrong, records it in rank zero's summary, and returns the exit code.
+
+    A resumed run that is refused, or that was done already, keeps the summary it has: only a first start may be taken back.
+    """
     refused = isinstance(error, UserError)
     if os.environ.get("RANK", "0") == "0":
         print(f"rlhf: {'error: ' if refused else ''}{error}", file=sys.stderr)
-        rundir.write_summary(config, "refused" if refused else "failed", error=f"{type(error).__name__}: {error}")
+        earlier = rundir.read_summary(Path(config["run_dir"])) if config["resume"] else None
+        if not (config["resume"] and refused) and not (earlier and earlier["status"] == "done"):
+            rundir.write_summary(config, "refused" if refused else "failed", error=f"{type(error).__name__}: {error}")
     return REFUSED if refused else FAILED

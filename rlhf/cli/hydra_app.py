@@ -77,11 +77,21 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
     from rlhf.cli.job import run_job
     from rlhf.cli.pipeline import run_pipeline
 
+    if config["launcher"]["name"] == "external":
+        _check_external()
     if config["resume"] and not _changes(HydraConfig.get().overrides.task):
         saved = rundir.saved_config(Path(config["run_dir"]))
         if saved is not None:
             config = {**saved, "resume": True, "run_dir": config["run_dir"]}
     return (run_pipeline if config["verb"] == "pipeline" else run_job)(config)
+
+
+def _check_external() -> None:
+    """Several processes compose this command line, so what one of them would make up has to be given."""
+    if "RANK" not in os.environ:
+        raise UserError("launcher=external, but no RANK is set: start this command with torchrun, or use launcher=local")
+    if not any(word.startswith("hydra.run.dir=") for word in HydraConfig.get().overrides.hydra):
+        raise UserError("launcher=external needs run_dir=PATH: each rank would make up a directory of its own")
 
 
 def _sweep_value(config: dict[str, Any], summary: dict[str, Any]) -> float | None:
@@ -111,7 +121,8 @@ def explain(error: Exception, verb: str) -> str:
     if isinstance(error, MissingConfigException) and "Available options" in text:
         missing = re.search(r"Could not find '([^']*)'", text)
         name = missing.group(1) if missing else ""
-        options = [line.strip() for line in text.split("Available options", 1)[1].splitlines()[1:] if line.strip()]
+        listed = text.split("Available options", 1)[1].partition("Config search path")[0]
+        options = [line.strip() for line in listed.splitlines()[1:] if line.strip()]
         group, _, option = name.rpartition("/")
         return f"{group}={option}: no such option{nearest(option, options)}; there are {', '.join(options)}"
     key = re.search(r"Could not override '([^']*)'", text)
@@ -126,17 +137,18 @@ def explain(error: Exception, verb: str) -> str:
 
 
 def _unknown_key(key: str, verb: str) -> str:
-    """Names the nearest key of the verb's composed config, and the nearest group."""
+    """Names the nearest key of the verb's composed config, or the nearest group."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     key = key.lstrip("+~")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose(config_name=verb, return_hydra_config=False)
+        cfg = compose(config_name=verb, return_hydra_config=True)
+    groups = [name for name in cfg.hydra.runtime.choices if not name.startswith("hydra/")]
+    if "@" in key or "/" in key or key in {name.partition("@")[0] for name in groups}:
+        return f"{key}: no such group in rlhf {verb}{nearest(key, groups)}; rlhf {verb} --help lists them"
     known = list(_keys(OmegaConf.to_container(cfg, resolve=False), ""))
-    if "@" in key or "/" in key:
-        return f"{key}: no such group in rlhf {verb}; rlhf {verb} --help lists them"
     parent = key.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
     return f"{key}: no such key{nearest(key, siblings) or nearest(key, known)}; rlhf {verb} --cfg job shows them all"

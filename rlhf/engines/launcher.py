@@ -7,13 +7,14 @@ outside their process group, so the next job of a sweep begins with fresh ranks.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 from rlhf.config import UserError
 from rlhf.settings import LauncherConfig, TrainerConfig
@@ -66,39 +67,51 @@ def prepare_rank(trainer: TrainerConfig) -> None:
 
 
 def run_ranks(config: Path, trainer: TrainerConfig, launcher: LauncherConfig) -> int:
-    """Starts this node's ranks, passes Ctrl-C and TERM on to them, and waits. Returns the exit code: the first one that is not 0.
+    """Starts this node's ranks and waits. Returns the exit code: the first one that is not 0.
 
-    When a rank fails the others are stopped: they would wait for it in a collective.
+    Ctrl-C is passed on to the ranks, which save and end. When a rank fails the others are stopped: they would wait for it in a
+    collective. However this process ends, TERM included, it leaves no rank behind.
     """
     world, port = trainer.devices, launcher.master_port or free_port()
     command = [sys.executable, "-m", "rlhf.cli.rank", str(config)]
-    ranks = []
-    for rank in range(world):
-        environment = rank_environment(rank, world, local_rank=rank, per_node=world, address=launcher.master_addr, port=port)
-        environment |= {"OMP_NUM_THREADS": str(trainer.threads or max(1, (os.cpu_count() or 1) // world))}
-        # A session of their own: Ctrl-C in the terminal reaches them once, through us.
-        ranks.append(subprocess.Popen(command, env=os.environ | environment, start_new_session=True))
-    interrupted = False
+    ranks: list[subprocess.Popen[bytes]] = []
+    previous = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        for rank in range(world):
+            environment = rank_environment(rank, world, local_rank=rank, per_node=world, address=launcher.master_addr, port=port)
+            environment |= {"OMP_NUM_THREADS": str(trainer.threads or max(1, (os.cpu_count() or 1) // world))}
+            # A session of their own: Ctrl-C in the terminal reaches them once, through us.
+            ranks.append(subprocess.Popen(command, env=os.environ | environment, start_new_session=True))
+        return _wait(ranks)
+    finally:
+        _stop(ranks, grace=0.0)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     while True:
         try:
             codes = [rank.poll() for rank in ranks]
             failed = next((code for code in codes if code), None)
             if failed is not None:
-                _stop(ranks)
-                return 130 if interrupted and failed == 130 else (failed if failed > 0 else 1)
+                _stop(ranks, grace=10.0)
+                return failed if failed > 0 else 1
             if all(code == 0 for code in codes):
                 return 0
             time.sleep(0.05)
         except KeyboardInterrupt:
-            interrupted = True
             for rank in ranks:
                 if rank.poll() is None:
                     rank.send_signal(signal.SIGINT)
 
 
-def _stop(ranks: list[Any], grace: float = 10.0) -> None:
+def _stop(ranks: list[subprocess.Popen[bytes]], *, grace: float) -> None:
     """Lets ranks that are about to end do so, then ends the rest."""
-    deadline = time.monotonic() + grace
+    deadline = time.monotonic() + grace  # seconds
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
     for rank in ranks:
@@ -118,7 +131,7 @@ def render_slurm(config: Path, trainer: TrainerConfig, launcher: LauncherConfig)
         "#!/usr/bin/env bash", *lines, "set -euo pipefail",
         'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"', f"export MASTER_PORT={port}",
         "srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS "
-        f"LOCAL_WORLD_SIZE={trainer.devices} GROUP_RANK=$SLURM_NODEID python -m rlhf.cli.rank {config}'", "",
+        f"LOCAL_WORLD_SIZE={trainer.devices} GROUP_RANK=$SLURM_NODEID exec python -m rlhf.cli.rank \"$0\"' {shlex.quote(str(config))}", "",
     ])  # fmt: skip
 
 
@@ -154,8 +167,8 @@ def render_hostfile(config: Path, hosts: list[str], trainer: TrainerConfig, laun
     for node, host in enumerate(hosts):
         torchrun = (
             f"torchrun --nnodes={len(hosts)} --node-rank={node} --nproc-per-node={trainer.devices} "
-            f"--master-addr={hosts[0]} --master-port={port} -m rlhf.cli.rank {config}"
+            f"--master-addr={hosts[0]} --master-port={port} -m rlhf.cli.rank {shlex.quote(str(config))}"
         )
-        lines.append(f"ssh {host} 'cd {Path.cwd()} && {torchrun}' & pids+=($!)")
+        lines.append(f"ssh {host} {shlex.quote(f'cd {shlex.quote(str(Path.cwd()))} && {torchrun}')} & pids+=($!)")
     lines += ['for pid in "${pids[@]}"; do wait "$pid"; done', ""]
     return "\n".join(lines)

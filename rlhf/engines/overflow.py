@@ -48,8 +48,9 @@ def align_overflow(engines: dict[str, Any]) -> Iterator[None]:
 
 
 def _scaler(engine: Any) -> Any:
-    """The object that holds the dynamic loss scale: of its own for ZeRO, the optimizer itself at stage 0."""
-    return getattr(engine.optimizer, "loss_scaler", engine.optimizer)
+    """The object that holds the dynamic loss scale."""
+    optimizer = engine.optimizer
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", optimizer)
 
 
 def _scale_state(engine: Any) -> dict[str, float]:

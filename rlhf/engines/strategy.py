@@ -157,6 +157,9 @@ class RoleStrategy(DeepSpeedStrategy):
         engine.step()
         told = engine.get_global_grad_norm() if norm is None else norm
         skipped = bool(getattr(engine.optimizer, "overflow", False))
+        if skipped and self.specs[role].precision != "fp16":
+            # fp16 overflows now and then and its scaler recovers; here DeepSpeed would drop every step without a word.
+            raise FloatingPointError(f"{role}: the gradients are not finite, so nothing can be learned; see the last rows of metrics.csv")
         return StepResult(math.nan if told is None else float(told), float(rate), skipped)
 
     def overflows(self, role: str) -> bool:

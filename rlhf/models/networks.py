@@ -5,41 +5,59 @@ Know no engine, no optimizer and no loss. B rows, T tokens, V vocabulary, D widt
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf.config import UserError
 
-def position_ids(mask: Tensor) -> Tensor:
-    """(B, T) bool -> (B, T) int64: tokens are counted from 0 at the first real one, on whichever side the padding is."""
-    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+def left_aligned(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves each row's tokens to the front: (B, T), (B, T) bool -> (B, T) ids, (B, 1) how far each row moved.
+
+    Then no token has padding before it: positions count from 0, and causal attention alone keeps padding out of every answer. A mask
+    is needed no more, which lets attention take its fastest kernel; and no query is left without a key, for which the CUDA kernels
+    give gradients that are NaN.
+    """
+    shift = mask.int().argmax(dim=1, keepdim=True)  # (B, 1) padding before the first token
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    return ids.gather(1, (columns + shift) % ids.shape[1]), shift
 
 
 class Network(nn.Module):
-    """A transformers model that is called with ids and a mask and gets its positions right under left padding."""
+    """A transformers model that is called with ids and a mask, whatever side the padding is on."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
-    def inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:  # ids (B, T), mask (B, T)
-        inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
-        if self._takes_positions:  # ALiBi families derive them from the mask
-            inputs["position_ids"] = position_ids(mask)
-        return inputs
+    def hidden(self, ids: Tensor, mask: Tensor, last: int) -> Tensor:
+        """(B, T), (B, T) -> (B, last, D): the backbone's output at the last `last` columns. Columns of padding hold anything."""
+        aligned, shift = left_aligned(ids, mask)
+        states = self.model.base_model(input_ids=aligned, use_cache=False).last_hidden_state  # (B, T, D)
+        columns = torch.arange(ids.shape[1] - last, ids.shape[1], device=ids.device) - shift  # (B, last) where they are now
+        return states.gather(1, columns.clamp(min=0).unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
 
 class CausalLM(Network):
     """Next-token logits."""
 
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        changed = [name for name in LOGIT_CHANGES if getattr(model.config, name, None) not in (None, 1.0)]
+        if changed:
+            raise UserError(
+                f"model family {model.config.model_type!r} changes its logits after the head ({changed[0]}), which is not supported"
+            )
+
     def forward(self, ids: Tensor, mask: Tensor, *, last: int = 0) -> Tensor:
-        """(B, T), (B, T) -> (B, last or T, V): logits at the last `last` positions, 0 meaning all. Row t predicts token t + 1."""
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            return self.model(**self.inputs(ids, mask), logits_to_keep=last).logits
-        return self.model(**self.inputs(ids, mask)).logits[:, -last:]
+        """(B, T), (B, T) -> (B, last or T, V): logits at the last `last` columns, 0 meaning all. Column t predicts token t + 1."""
+        return self.model.get_output_embeddings()(self.hidden(ids, mask, last or ids.shape[1]))
+
+
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")
+"""Config fields of families whose logits are not just the head's output."""
 
 
 class ScalarModel(Network):
@@ -52,8 +70,7 @@ class ScalarModel(Network):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, T), (B, T) -> (B, T) in fp32."""
-        hidden = self.model.base_model(**self.inputs(ids, mask)).last_hidden_state  # (B, T, D)
-        return self.model.score(hidden).squeeze(-1).float()
+        return self.model.score(self.hidden(ids, mask, ids.shape[1])).squeeze(-1).float()
 
 
 @torch.no_grad()

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel  # noqa: F401 (imports early, so that its start-up is not timed in a test)
-from tiny import SHAPES, config, save_causal, save_scalar
+from tiny import COMMON, SHAPES, config, save_causal, save_scalar
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from rlhf.config import UserError
 from rlhf.models.export import export_network
 from rlhf.models.factory import Blueprint, build_network, freeze
-from rlhf.models.networks import position_ids
+from rlhf.models.networks import left_aligned
 from rlhf.settings import LoraConfig
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear", only=True, lr=None)
@@ -27,8 +27,6 @@ def build(blueprint: Blueprint):
 
 
 def blueprint(kind: str, folder: Path | None, family: str = "llama", **changes) -> Blueprint:
-    from transformers import AutoConfig
-
     hf = AutoConfig.from_pretrained(folder) if folder else config(family)
     plain = Blueprint(kind=kind, config=hf, folder=folder, lora=None, gradient_checkpointing=False, dtype=torch.float32)
     return replace(plain, **changes)
@@ -135,7 +133,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     save_causal("llama", tmp_path)
     other = blueprint("causal", tmp_path)
     other.config.intermediate_size = 48
-    with pytest.raises(UserError, match="has shape .* but the model needs"):
+    with pytest.raises(UserError, match=r"has shape .* but the model needs"):
         build(other)
 
 
@@ -166,6 +164,30 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None
     torch.testing.assert_close(*gradients)
 
 
-def test_positions_start_at_the_first_token() -> None:
+def test_rows_move_to_the_front() -> None:
+    ids = torch.tensor([[9, 9, 5, 6], [5, 6, 7, 9]])
     mask = torch.tensor([[False, False, True, True], [True, True, True, False]])
-    assert position_ids(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
+    aligned, shift = left_aligned(ids, mask)
+    assert aligned.tolist() == [[5, 6, 9, 9], [5, 6, 7, 9]] and shift.tolist() == [[2], [0]]
+
+
+def test_padding_gets_no_gradient(tmp_path: Path) -> None:
+    """What stands in the padding changes neither the answer's logits nor any gradient."""
+    save_causal("llama", tmp_path)
+    ids, mask = padded()
+    found = []
+    for filler in (3, 7):
+        network = build(blueprint("causal", tmp_path))
+        logits = network(ids.masked_fill(~mask, filler), mask, last=3)
+        logits.logsumexp(-1).sum().backward()
+        found.append((logits.detach(), network.model.get_input_embeddings().weight.grad))
+    torch.testing.assert_close(*found)
+
+
+def test_a_family_that_changes_its_logits_is_refused() -> None:
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        build(
+            blueprint(
+                "causal", None, config=AutoConfig.for_model("gemma2", **COMMON, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+            )
+        )
