@@ -33,7 +33,7 @@ class UserError(ValueError):
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, or nothing where no choice is close."""
-    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 

@@ -5,6 +5,7 @@ Knows Markdown and Hydra; runs no command.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -119,3 +120,25 @@ def test_the_page_of_options_is_up_to_date() -> None:
     spec.loader.exec_module(module)
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == module.render(), "run: python docs/make_configuration.py"
+
+
+def test_the_messages_explained_are_those_of_the_code() -> None:
+    """Each message in the first column of docs/troubleshooting.md, `…` standing for what varies, is a message of rlhf/."""
+    texts = [text for path in sorted((ROOT / "rlhf").rglob("*.py")) for text in messages(path)]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    quoted = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+    assert len(quoted) > 80
+    unknown = [m for m in quoted if not any(all(piece in text for piece in m.split("…")) for text in texts)]
+    assert unknown == []
+
+
+def messages(path: Path) -> list[str]:
+    """The fixed parts of every text in a file, those of an f-string or a chain of literals joined."""
+    trees = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    strings = [node for node in trees if isinstance(node, ast.JoinedStr | ast.Constant)]
+    found = []
+    for node in strings:
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        found.append("\0".join(str(part.value) for part in parts if isinstance(part, ast.Constant)))
+    return found

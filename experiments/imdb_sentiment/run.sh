@@ -11,4 +11,4 @@ threshold=$(python3 -c "import json, sys; print(json.load(open(sys.argv[1]))['th
 rlhf pipeline experiment=imdb_sentiment trainer=gpu run_dir="$out/run" data.path="$data" \
   actor.model.path="$model" critic.model.path="$model" reward.model.path="$model" \
   evaluation.gold=rlhf.models.scorer.ScalarScorer \
-  "evaluation.gold_kwargs={path: $out/judge/export/reward, threshold: $threshold}" "$@"
+  +evaluation.gold_kwargs.path="$out/judge/export/reward" +evaluation.gold_kwargs.threshold="$threshold" "$@"

@@ -146,8 +146,9 @@ def _unknown_key(key: str, verb: str) -> str:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose(config_name=verb, return_hydra_config=True)
     groups = [name for name in cfg.hydra.runtime.choices if not name.startswith("hydra/")]
-    if "@" in key or "/" in key or key in {name.partition("@")[0] for name in groups}:
-        return f"{key}: no such group in rlhf {verb}{nearest(key, groups)}; rlhf {verb} --help lists them"
+    in_package = [name for name in groups if name.startswith(f"{key}@")]  # `model` where `model@actor.model` is meant
+    if "@" in key or "/" in key or in_package:
+        return f"{key}: no such group in rlhf {verb}{nearest(key, groups) or nearest(*in_package[:1], in_package)}; rlhf {verb} --help lists them"
     known = list(_keys(OmegaConf.to_container(cfg, resolve=False), ""))
     parent = key.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == parent]

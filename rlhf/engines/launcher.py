@@ -20,6 +20,8 @@ from rlhf.config import UserError
 from rlhf.settings import LauncherConfig, TrainerConfig
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+GRACE = 10.0
+"""Seconds in which the other ranks may still end by themselves, with a message of their own, once one has failed."""
 
 
 def free_port() -> int:
@@ -98,7 +100,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
             codes = [rank.poll() for rank in ranks]
             failed = next((code for code in codes if code), None)
             if failed is not None:
-                _stop(ranks, grace=10.0)
+                _stop(ranks, grace=GRACE)
                 return failed if failed > 0 else 1
             if all(code == 0 for code in codes):
                 return 0

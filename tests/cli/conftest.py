@@ -1,0 +1,51 @@
+"""A command line run inside the test: what it changes of the process is put back."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rlhf.cli.main import main
+from rlhf.engines.launcher import RANK_VARIABLES
+from rlhf.logging import log
+
+
+@pytest.fixture(autouse=True)
+def own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Cached rows go below the test's folder; environment, argv and the log's handler are as before afterwards."""
+    environment, handlers, propagate = dict(os.environ), list(log.handlers), log.propagate
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
+    os.environ["RLHF_CACHE"] = str(tmp_path / "cache")
+    log.handlers.clear()  # a handler writes to the stderr it was made with, which was another test's
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    log.handlers[:], log.propagate = handlers, propagate
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs a command that must be refused: exit code 2, one line on stderr, no network built. Returns what the line says."""
+
+    def build_network(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a network was built before the input was refused")
+
+    monkeypatch.setattr("rlhf.modules.base.build_network", build_network)
+
+    def run(*words: str) -> str:
+        capsys.readouterr()
+        code = main(list(words))
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if "rows to train on:" not in line and "rows held out:" not in line]
+        assert (code, len(lines)) == (2, 1), err
+        assert lines[0].startswith("rlhf: error: "), err
+        assert out == ""
+        return lines[0].removeprefix("rlhf: error: ")
+
+    return run

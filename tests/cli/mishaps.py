@@ -1,0 +1,30 @@
+"""Callbacks that go wrong on purpose, for commands run by tests."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+
+
+class FailIn(Callback):
+    """Raises in the middle of the run whose directory has this name."""
+
+    def __init__(self, folder: Path, *, name: str) -> None:
+        self.fails = folder.name == name
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.fails and pl_module.iteration == 2:
+            raise RuntimeError("the disk is on fire")
+
+
+class Slow(Callback):
+    """Gives a test the time to press Ctrl-C."""
+
+    def __init__(self, *, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        time.sleep(self.seconds)

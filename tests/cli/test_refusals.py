@@ -1,0 +1,237 @@
+"""Bad input ends with exit code 2 and one line that names the key or file:line, what is wrong and what to do, before a model is built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from jobs import composed
+from tiny import config as tiny_config
+from tiny import write_pairs
+
+from rlhf.cli.rundir import claim, read_summary, write_summary
+from rlhf.config import build
+from rlhf.data.tokenizer import load_tokenizer
+
+Refused = Callable[..., str]
+
+DATA = ("data=pairs", "data.max_prompt_tokens=12", "data.max_answer_tokens=8", "data.split=[1,1,2]", "callbacks=none")
+SFT = ("sft", "model@actor.model=tiny", *DATA, "sft.batch_size=4", "sft.micro_batch_size=4")
+REWARD = ("reward", "model@reward.model=tiny", *DATA, "rm.batch_size=4", "rm.micro_batch_size=4")
+PPO = (
+    "ppo", "model@actor.model=tiny", "model@critic.model=tiny", "model@reward.model=tiny", *DATA, "ppo.batch_size=4", "ppo.minibatch_size=4",
+    "ppo.micro_batch_size=4",
+)  # fmt: skip
+EVALUATE = ("evaluate", "model@actor.model=tiny", "model@reward.model=tiny", *DATA)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    return write_pairs(tmp_path / "pairs.jsonl", 32)
+
+
+@pytest.fixture
+def there(tmp_path: Path, pairs: Path) -> tuple[str, str]:
+    """A run directory and a file of pairs, for any command."""
+    return f"run_dir={tmp_path / 'run'}", f"data.path={pairs}"
+
+
+def says(message: str, parts: tuple[str, ...]) -> None:
+    missing = [part for part in parts if part not in message]
+    assert not missing, f"{missing} not in: {message}"
+
+
+# --- the command line ------------------------------------------------------------------------------------------------------------
+
+WORDS = {
+    "misspelt verb": (("stf",), ("no such verb: stf", "'sft'", "rlhf --help")),
+    "misspelt key": ((*SFT, "sft.optimizer.lrr=1"), ("sft.optimizer.lrr", "no such key", "'sft.optimizer.lr'", "--cfg job")),
+    "misspelt section": ((*SFT, "trainr.devices=2"), ("trainr.devices", "'trainer.devices'")),
+    "misspelt key, added": ((*SFT, "+trainer.device=2"), ("trainer.device", "no such key", "'devices'")),
+    "misspelt section, added": ((*SFT, "+trainr.devices=2"), ("trainr: no such key", "'trainer'")),
+    "misspelt key of hydra": (("sft", "hydra.run.dri=x"), ("hydra.run.dri", "'hydra.run.dir'")),
+    "misspelt key of a sweep": (("sft", "-m", "sft.batch_sze=1,2"), ("sft.batch_sze", "'sft.batch_size'")),
+    "misspelt option": (("sft", "model@actor.model=tinny"), ("model=tinny: no such option", "'tiny'", "there are bloom-176b")),
+    "misspelt experiment": (("pipeline", "experiment=imdb"), ("experiment=imdb", "no such option", "imdb_sentiment")),
+    "misspelt group": (("sft", "optimiser=adamw"), ("optimiser: no such key", "'sft.optimizer'")),
+    "group of an unknown role": (("sft", "model@actr.model=tiny"), ("model@actr.model: no such group", "'model@actor.model'", "--help")),
+    "group without its role": (("sft", "model=tiny"), ("model: no such group", "'model@actor.model'", "--help")),
+    "no key=value": (("sft", "resume"), ("cannot read 'resume' as key=value",)),
+    "unfinished list": (("sft", "data.split=[1,1"), ("cannot read 'data.split=[1,1' as key=value",)),
+    "wrong type": ((*SFT, "sft.batch_size=many"), ("sft.batch_size", "expected int", "'many'")),
+    "fraction for a count": ((*SFT, "sft.batch_size=4.5"), ("sft.batch_size", "expected int", "4.5")),
+    "out of range": ((*SFT, "sft.optimizer.lr=-1"), ("sft.optimizer.lr must lie in [0, inf]", "-1")),
+    "seed is no number": ((*SFT, "seed=abc"), ("seed must be a whole number", "'abc'")),
+    "seed is negative": ((*SFT, "seed=-1"), ("seed must be a whole number in [0, ", "-1")),
+    "resume is no boolean": ((*SFT, "resume=perhaps"), ("resume must be true or false", "'perhaps'")),
+    "value is missing": ((*PPO, "rollout=recorded"), ("rollout.recorded_path", "engine=recorded")),
+    "steps of a pipeline": (("pipeline", "steps=[sft,dpo]"), ("steps=", "'dpo'", "must name some of sft, reward, ppo, evaluate")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "parts"), WORDS.values(), ids=WORDS)
+def test_a_command_line_that_cannot_be_meant(
+    words: tuple[str, ...], parts: tuple[str, ...], refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # without run_dir= a folder is made below runs/
+    says(refused(*words), parts)
+
+
+# --- keys that do not go together ------------------------------------------------------------------------------------------------
+
+RULES = {
+    "prompt longer than the context": (
+        (*SFT, "data.max_prompt_tokens=200"),
+        ("data.max_prompt_tokens + data.max_answer_tokens = 208", "actor.model", "tiny: 128 tokens", "lower one"),
+    ),
+    "batch does not divide": ((*SFT, "sft.micro_batch_size=3"), ("sft.batch_size=4", "sft.micro_batch_size x ranks = 3", "choose a multiple")),
+    "batch does not divide by ranks": ((*REWARD, "trainer.devices=3"), ("rm.batch_size=4", "x ranks = 12", "choose a multiple")),
+    "minibatch does not divide": ((*PPO, "ppo.minibatch_size=3"), ("ppo.minibatch_size must divide batch_size x samples_per_prompt = 4",)),
+    "micro-batch does not divide": ((*PPO, "ppo.micro_batch_size=3"), ("ppo.minibatch_size=4", "ppo.micro_batch_size x ranks = 3")),
+    "answers longer than the reward model saw": ((*PPO, "rollout.max_new_tokens=9"), ("rollout.max_new_tokens=9", "data.max_answer_tokens=8")),
+    "fp16 on the CPU": ((*SFT, "trainer.precision=fp16"), ("trainer.precision=fp16", "use fp32 or bf16")),
+    "fp16 where there is only a CPU": ((*SFT, "trainer=auto", "trainer.precision=fp16"), ("trainer.precision=fp16", "use fp32 or bf16")),
+    "several nodes without a launcher": (
+        (*SFT, "trainer.num_nodes=2", "sft.batch_size=8"), ("trainer.num_nodes > 1", "launcher=slurm", "local starts one node"),
+    ),
+    "pipeline as one job": (("pipeline", "launcher=slurm"), ("launcher=slurm", "one by one")),
+    "external without RANK": ((*SFT, "launcher=external"), ("launcher=external", "no RANK is set", "torchrun", "launcher=local")),
+    "misspelt argument of a callback": (
+        (*SFT, "+callbacks.samples._target_=rlhf.callbacks.samples.Samples", "+callbacks.samples.evry=2"),
+        ("callbacks.samples.evry", "no such argument", "'every'"),
+    ),
+    "callback that does not exist": (
+        (*SFT, "+callbacks.x._target_=rlhf.callbacks.nowhere.X"), ("cannot import 'rlhf.callbacks.nowhere.X'", "No module named"),
+    ),
+    "callback without a class": ((*SFT, "+callbacks.x.every=3"), ("callbacks.x names no class", "callbacks.x._target_=")),
+    "misspelt source": ((*SFT, "data.sources=[piars]"), ("data.sources", "'piars'", "'pairs'")),
+    "unknown gold scorer": (
+        (*EVALUATE, "actor.init=x", "evaluation.gold=rlhf.data.quickstart.golden"), ("cannot import 'rlhf.data.quickstart.golden'",),
+    ),
+    "nothing to evaluate": (EVALUATE, ("actor.init is not set", "name the run directory or export")),
+    "reward.init without a model": (
+        (*PPO, "reward.init=tests"), ("reward.init=tests holds no model", "config.json", "export/reward"),
+    ),
+    "more rows than there are": ((*SFT, "sft.batch_size=400"), ("sft.batch_size=400", "lower it or add data")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "parts"), RULES.values(), ids=RULES)
+def test_keys_that_do_not_go_together(words: tuple[str, ...], parts: tuple[str, ...], refused: Refused, there: tuple[str, str]) -> None:
+    run_dir, data = there
+    says(refused(*words, run_dir, *(() if words[0] == "pipeline" else (data,))), parts)
+
+
+def test_external_ranks_need_one_directory(refused: Refused, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    says(refused(*SFT, f"data.path={pairs}", "launcher=external"), ("launcher=external needs run_dir=PATH",))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------------------
+
+GOOD = '{"prompt": "a b", "chosen": "a b", "rejected": "b a"}\n'
+FILES = {
+    "malformed row": (GOOD * 3 + '{"prompt": "a",\n', (":4: not JSON", "one object a line")),
+    "row that is no object": (GOOD + "[1, 2]\n", (":2: expected an object with columns, got list",)),
+    "empty answer": (GOOD * 2 + '{"prompt": "a", "chosen": "", "rejected": "b"}\n', (":3: the chosen is empty", "mend or delete")),
+    "empty prompt": (GOOD * 2 + '{"prompt": " ", "chosen": "a", "rejected": "b"}\n', (":3: the prompt is empty", "mend or delete")),
+    "column is missing": ('{"question": "a", "answer": "b"}\n' * 4, (":1: column ", "is missing", "the row has: question, answer")),
+    "no rows": ("", ("the file has no rows",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "parts"), FILES.values(), ids=FILES)
+@pytest.mark.parametrize("verb", [SFT, REWARD], ids=["sft", "reward"])
+def test_a_file_that_cannot_be_read(verb: tuple[str, ...], text: str, parts: tuple[str, ...], refused: Refused, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text)
+    message = refused(*verb, f"run_dir={tmp_path / 'run'}", f"data.path={file}")
+    says(message, (str(file), *parts))
+
+
+def test_no_file(refused: Refused, tmp_path: Path) -> None:
+    says(refused(*SFT, f"run_dir={tmp_path / 'a'}", f"data.path={tmp_path}/none.jsonl"), ("none.jsonl", "does not exist"))
+    says(refused(*SFT, f"run_dir={tmp_path / 'b'}"), ("data.path is missing", "set data.path=FILE.jsonl"))
+
+
+def test_actor_and_reward_model_with_different_words(refused: Refused, there: tuple[str, str], tmp_path: Path) -> None:
+    settings = build(composed("sft", "run_dir=x", "model@actor.model=tiny", "data=pairs"))
+    for role, corpus in (("actor", ["red blue green"]), ("reward", ["one two three"])):
+        load_tokenizer(settings.actor.model, settings.data.chat, corpus).save_pretrained(tmp_path / role)
+        tiny_config("llama").save_pretrained(tmp_path / role)
+    message = refused(*PPO, *there, f"actor.init={tmp_path / 'actor'}", f"reward.init={tmp_path / 'reward'}")
+    says(message, ("reward.init and actor have different tokenizers", "train both"))
+
+
+# --- run directories -------------------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def begun(run_dir: Path, pairs: Path, *, status: str | None, file_size: int = 8, ranks: int = 1) -> Path:
+    """The directory of an SFT run as it looks with one checkpoint, which lists a file of eight bytes."""
+    config = composed(*SFT, f"run_dir={run_dir}", f"data.path={pairs}")
+    claim(run_dir, config)
+    if status is not None:
+        write_summary(config, status)
+    checkpoint = run_dir / "checkpoints" / "step-000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "module.pt").write_bytes(b"\0" * file_size)
+    (checkpoint / "manifest.json").write_text(json.dumps({"step": 2, "world_size": ranks, "files": {"module.pt": 8}}))
+    return run_dir
+
+
+@pytest.mark.parametrize("status", ["done", "failed", None], ids=["done", "failed", "killed"])
+def test_another_run_is_not_touched(status: str | None, refused: Refused, pairs: Path, tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", pairs, status=status)
+    before = contents(run_dir)
+    message = refused(*SFT, f"run_dir={run_dir}", f"data.path={pairs}", "seed=7")
+    says(message, (f"run_dir={run_dir} already holds a run", "another run_dir", "resume=true"))
+    assert contents(run_dir) == before
+
+
+def test_a_refused_first_start_may_be_tried_again(refused: Refused, there: tuple[str, str], tmp_path: Path) -> None:
+    for _ in range(2):
+        says(refused(*SFT, *there, "data.sources=[piars]"), ("piars",))
+    summary = read_summary(tmp_path / "run")
+    assert summary is not None
+    assert summary["status"] == "refused"
+    assert "piars" in summary["error"]
+
+
+def test_resume_where_there_is_no_run(refused: Refused, there: tuple[str, str], tmp_path: Path) -> None:
+    says(refused(*SFT, *there, "resume=true"), ("resume=true", str(tmp_path / "run"), "holds no run", "give the directory"))
+
+
+def test_resume_cannot_change_what_is_trained(refused: Refused, pairs: Path, tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", pairs, status="failed")
+    before = contents(run_dir)
+    again = (f"run_dir={run_dir}", f"data.path={pairs}", "resume=true")
+    says(refused(*SFT, *again, "model@actor.model=tiny-opt"), ("cannot change actor.model.name", "'tiny'", "'tiny-opt'", "new run_dir"))
+    says(refused(*SFT, *again, "sft.optimizer.lr=0.5"), ("cannot change sft.optimizer.lr", "0.001", "0.5"))
+    assert contents(run_dir) == before
+
+
+@pytest.mark.parametrize("status", ["done", "failed", None], ids=["done", "failed", "killed"])
+def test_a_damaged_checkpoint_is_named_and_the_run_stays_a_run(status: str | None, refused: Refused, pairs: Path, tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", pairs, status=status, file_size=5)
+    before = contents(run_dir)
+    for _ in range(2):
+        message = refused("sft", f"run_dir={run_dir}", "resume=true")
+        says(message, ("step-000002", "module.pt has 5 bytes instead of 8", "damaged", "remove the folder"))
+    after = contents(run_dir)
+    config = yaml.safe_load(after.pop("config.yaml")[0])
+    assert config == {**yaml.safe_load(before.pop("config.yaml")[0]), "resume": True}
+    assert after == before
+    says(refused(*SFT, f"run_dir={run_dir}", f"data.path={pairs}"), ("already holds a run",))
+
+
+def test_a_checkpoint_of_another_number_of_ranks(refused: Refused, pairs: Path, tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", pairs, status="failed", ranks=2)
+    says(refused("sft", f"run_dir={run_dir}", "resume=true"), ("written by 2 ranks, this run has 1", "trainer.devices"))
