@@ -125,9 +125,9 @@ def explain(error: Exception, verb: str) -> str:
         options = [line.strip() for line in listed.splitlines()[1:] if line.strip()]
         group, _, option = name.rpartition("/")
         return f"{group}={option}: no such option{nearest(option, options)}; there are {', '.join(options)}"
-    key = re.search(r"Could not override '([^']*)'", text)
+    key = re.search(r"Could not override '([^']*)'|^Override (\S+?)=.* looks like a config group override", text)
     if key:
-        return _unknown_key(key.group(1), verb)
+        return _unknown_key(key.group(1) or key.group(2), verb)
     group = re.search(r"In '[^']*': Could not find '([^']*)'|Could not override '([^']*)'\. No match in the defaults list", text)
     if group:
         return f"{group.group(1) or group.group(2)}: no such group or option; rlhf {verb} --help lists them"
@@ -148,7 +148,8 @@ def _unknown_key(key: str, verb: str) -> str:
     groups = [name for name in cfg.hydra.runtime.choices if not name.startswith("hydra/")]
     in_package = [name for name in groups if name.startswith(f"{key}@")]  # `model` where `model@actor.model` is meant
     if "@" in key or "/" in key or in_package:
-        return f"{key}: no such group in rlhf {verb}{nearest(key, groups) or nearest(*in_package[:1], in_package)}; rlhf {verb} --help lists them"
+        similar = nearest(in_package[0] if in_package else key, groups)
+        return f"{key}: no such group in rlhf {verb}{similar}; rlhf {verb} --help lists them"
     known = list(_keys(OmegaConf.to_container(cfg, resolve=False), ""))
     parent = key.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == parent]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ SMALL = (
 def start(*words: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(HERE)}
     command = [sys.executable, "-m", "rlhf", *words]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell starts what it runs in the background deaf to SIGINT, and children inherit that.
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
 
 
 def summary(run_dir: Path) -> dict[str, Any]:

@@ -58,6 +58,7 @@ WORDS = {
     "misspelt experiment": (("pipeline", "experiment=imdb"), ("experiment=imdb", "no such option", "imdb_sentiment")),
     "misspelt group": (("sft", "optimiser=adamw"), ("optimiser: no such key", "'sft.optimizer'")),
     "group of an unknown role": (("sft", "model@actr.model=tiny"), ("model@actr.model: no such group", "'model@actor.model'", "--help")),
+    "group like no other": (("sft", "zzz@qqq=1"), ("zzz@qqq: no such group in rlhf sft; rlhf sft --help",)),
     "group without its role": (("sft", "model=tiny"), ("model: no such group", "'model@actor.model'", "--help")),
     "no key=value": (("sft", "resume"), ("cannot read 'resume' as key=value",)),
     "unfinished list": (("sft", "data.split=[1,1"), ("cannot read 'data.split=[1,1' as key=value",)),
@@ -213,7 +214,7 @@ def test_resume_cannot_change_what_is_trained(refused: Refused, pairs: Path, tmp
     run_dir = begun(tmp_path / "run", pairs, status="failed")
     before = contents(run_dir)
     again = (f"run_dir={run_dir}", f"data.path={pairs}", "resume=true")
-    says(refused(*SFT, *again, "model@actor.model=tiny-opt"), ("cannot change actor.model.name", "'tiny'", "'tiny-opt'", "new run_dir"))
+    says(refused(*SFT, *again, "model@actor.model=tiny-opt"), ("cannot change actor.model.family", "'llama'", "'opt'", "new run_dir"))
     says(refused(*SFT, *again, "sft.optimizer.lr=0.5"), ("cannot change sft.optimizer.lr", "0.001", "0.5"))
     assert contents(run_dir) == before
 
