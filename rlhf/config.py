@@ -150,6 +150,8 @@ def check(cfg: Any) -> None:
     _check_precision(cfg)
     _check_rollout(cfg)
     _check_optimizers(cfg)
+    if getattr(getattr(cfg, "data", None), "ptx", None):
+        raise UserError("data.ptx: no verb mixes pre-training text into its loss yet; set data.ptx=[]")
 
 
 def _check_top(cfg: Any) -> None:
@@ -201,17 +203,23 @@ def _divides(key: str, total: int, parts: int, what: str) -> None:
         raise UserError(f"{key}={total} does not divide by {what} = {parts}: choose a multiple of {parts}")
 
 
+def _divides_into_micro_batches(key: str, total: int, section: str, micro: int | None, world: int) -> None:
+    if micro is None:
+        _divides(key, total, world, "the number of ranks")
+    else:
+        _divides(key, total, micro * world, f"{section}.micro_batch_size x ranks")
+
+
 def _check_batches(cfg: Any) -> None:
     world = world_size(cfg)
     for name in ("sft", "rm"):
         step = getattr(cfg, name, None)
         if step is not None:
-            ranks = f"{name}.micro_batch_size x ranks"
-            _divides(f"{name}.batch_size", step.batch_size, step.micro_batch_size * world, ranks)
+            _divides_into_micro_batches(f"{name}.batch_size", step.batch_size, name, step.micro_batch_size, world)
     ppo = getattr(cfg, "ppo", None)
     if ppo is not None:
         _divides("ppo.batch_size", ppo.batch_size, world, "the number of ranks")
-        _divides("ppo.minibatch_size", ppo.minibatch_size, ppo.micro_batch_size * world, "ppo.micro_batch_size x ranks")
+        _divides_into_micro_batches("ppo.minibatch_size", ppo.minibatch_size, "ppo", ppo.micro_batch_size, world)
 
 
 def _check_lengths(cfg: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Rows:
 
     def map(self: Batch, f) -> Batch:  # type: ignore[misc]
         changed = {x.name: f(getattr(self, x.name)) for x in fields(self) if isinstance(getattr(self, x.name), Tensor)}
-        return replace(self, **changed)
+        return replace(self, **changed)  # type: ignore[arg-type]
 
     def to(self: Batch, device: torch.device | str) -> Batch:  # type: ignore[misc]
         return self.map(lambda t: t.to(device, non_blocking=True))
@@ -33,7 +33,9 @@ class Rows:
         """The chosen rows, in that order. Lists (texts) follow the tensors."""
         chosen = self.map(lambda t: t[index])
         picked = index.tolist() if isinstance(index, Tensor) else range(len(self))[index]
-        lists = {x.name: [getattr(self, x.name)[i] for i in picked] for x in fields(self) if isinstance(getattr(self, x.name), list)}
+        lists: dict[str, Any] = {
+            x.name: [getattr(self, x.name)[i] for i in picked] for x in fields(self) if isinstance(getattr(self, x.name), list)
+        }
         return replace(chosen, **lists)
 
     def micro_batches(self: Batch, size: int) -> Iterator[Batch]:  # type: ignore[misc]

@@ -24,6 +24,7 @@ from rlhf.callbacks.export import Export
 from rlhf.callbacks.metrics import WriteMetrics
 from rlhf.callbacks.rollout import RolloutCallback
 from rlhf.callbacks.start import Start
+from rlhf.cli.errors import Interrupted
 from rlhf.config import UserError, locate, nearest
 from rlhf.data.datamodule import RLHFData
 from rlhf.data.phases import sft_corpus
@@ -120,17 +121,24 @@ class Job:
 
     def frozen_engine(self, zero: ZeroConfig) -> EngineSpec:
         """A role that only answers is sharded if its options say stage 3, and whole otherwise."""
-        stage = 3 if zero.stage == 3 else 0
-        plain = dataclasses.replace(zero, stage=stage, offload_optimizer=False, quantized_weights=False, offload_params=zero.offload_params)
+        plain = dataclasses.replace(
+            zero, stage=3 if zero.stage == 3 else 0, offload_optimizer=False, quantized_weights=False, offload_params=zero.offload_params
+        )
         return EngineSpec(zero=plain, precision=self.cfg.trainer.precision, training=None, reloadable=True)
 
     def trained_engine(
-        self, role: str, optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, total_steps: int, micro: int, accumulation: int
+        self, role: str, optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, total_steps: int, batch_size: int, micro: int | None
     ) -> EngineSpec:
+        """
+        Args:
+            batch_size: rows of one optimizer step, over all ranks.
+            micro: rows of one backward pass on one rank; None: the rank's whole share.
+        """
         settings: RoleConfig = getattr(self.cfg, role)
+        share = batch_size // self.world
         training = Training(
-            optimizer=optimizer, scheduler=scheduler, total_steps=total_steps, lora=settings.lora, micro_batch_size=micro,
-            accumulation=accumulation,
+            optimizer=optimizer, scheduler=scheduler, total_steps=total_steps, lora=settings.lora, micro_batch_size=micro or share,
+            accumulation=share // (micro or share),
         )  # fmt: skip
         reloadable = settings.lora.rank > 0 and (self.init_folder(role) is not None or settings.model.pretrained)
         return EngineSpec(zero=settings.zero, precision=self.cfg.trainer.precision, training=training, reloadable=reloadable)
@@ -210,10 +218,6 @@ class Job:
             callback = with_context(node, context)
             (early if getattr(callback, "measures", False) else late).append(callback)
         return early, late
-
-
-class Interrupted(Exception):
-    """The user pressed Ctrl-C; the message says where the run stopped and how to go on."""
 
 
 def with_context(node: Mapping[str, Any], context: Mapping[str, Any]) -> Any:

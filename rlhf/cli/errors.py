@@ -14,6 +14,10 @@ from rlhf.config import UserError
 DONE, FAILED, REFUSED = 0, 1, 2
 
 
+class Interrupted(Exception):
+    """The user pressed Ctrl-C; the message says where the run stopped and how to go on."""
+
+
 def report(config: Mapping[str, Any], error: BaseException) -> int:
     """Says what is wrong, records it in rank zero's summary, and returns the exit code.
 

@@ -86,4 +86,4 @@ def load_gold(evaluation: EvaluationConfig) -> Gold | None:
             raise UserError(f"evaluation.gold_kwargs do not fit {evaluation.gold}: {error}") from error
     if evaluation.gold_kwargs:
         raise UserError(f"evaluation.gold_kwargs are for a class, but {evaluation.gold} is a function")
-    return scorer
+    return scorer  # type: ignore[return-value]

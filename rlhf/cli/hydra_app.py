@@ -59,6 +59,8 @@ def _job(cfg: DictConfig, codes: list[int]) -> float | None:
 
     try:
         config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+        if HydraConfig.get().runtime.choices.get("debug") is not None:
+            config = {key: node for key, node in config.items() if not _is_fragment(node)}
         summary = _run(config)
         codes.append(0)
         return _sweep_value(config, summary)
@@ -69,6 +71,16 @@ def _job(cfg: DictConfig, codes: list[int]) -> float | None:
     except JobFailed as error:
         codes.append(error.code)
     return None
+
+
+def _is_fragment(node: Any) -> bool:
+    """A section that a debug option speaks of and this verb does not have: settings say their `_target_`, fragments do not."""
+    return (
+        isinstance(node, dict)
+        and bool(node)
+        and "_target_" not in node
+        and not any(isinstance(v, dict) and "_target_" in v for v in node.values())
+    )
 
 
 def _run(config: dict[str, Any]) -> dict[str, Any]:

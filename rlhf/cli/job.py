@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.cli import rundir
-from rlhf.cli.errors import report
+from rlhf.cli.errors import Interrupted, report
 from rlhf.config import UserError, build, check
 from rlhf.engines.launcher import accelerator, read_hostfile, render_hostfile, render_slurm, run_ranks
 from rlhf.logging import log
@@ -47,45 +47,46 @@ def run_job(config: Mapping[str, Any]) -> dict[str, Any]:
     cfg = checked(config)
     run_dir = Path(cfg.run_dir)
     external = cfg.launcher.name == "external"
+    hosts = read_hostfile(Path(cfg.launcher.hostfile), cfg.trainer) if cfg.launcher.name == "hostfile" else []
     if not external or os.environ.get("RANK", "0") == "0":
         rundir.claim(run_dir, config)
     file = (run_dir / "config.yaml").resolve()
     if cfg.launcher.name in ("slurm", "hostfile"):
-        return _write_script(config, cfg, run_dir, file)
-    if cfg.trainer.num_nodes > 1 and not external:
-        raise UserError("trainer.num_nodes > 1 needs launcher=slurm, launcher=hostfile or launcher=external")
+        return _write_script(cfg, run_dir, file, hosts)
     starts_ranks = cfg.trainer.devices > 1 and not external
-    code = run_ranks(file, cfg.trainer, cfg.launcher) if starts_ranks else _run_here(config, external)
+    code = run_ranks(file, cfg.trainer, cfg.launcher) if starts_ranks else _run_here(config)
+    summary = rundir.read_summary(run_dir)
+    if code and (summary is None or summary["status"] == "done"):
+        # Rank zero was ended before it could say so itself: killed, or out of memory.
+        rundir.write_summary(config, "failed", error=f"the ranks ended with exit code {code}")
     if code:
         raise JobFailed(code)
-    return rundir.read_summary(run_dir) or {}
+    return summary or {}
 
 
-def _run_here(config: Mapping[str, Any], external: bool) -> int:
+def _run_here(config: Mapping[str, Any]) -> int:
     """This process is the only rank, or one that torchrun or srun started."""
     from rlhf.cli.rank import run_rank
 
-    if external and "RANK" not in os.environ:
-        raise UserError("launcher=external, but no RANK is set: start this command with torchrun, or use launcher=local")
     try:
         run_rank(config)
     except UserError as error:
         return report(config, error)
     except KeyboardInterrupt:
-        report(config, RuntimeError("stopped by a second Ctrl-C"))
+        report(config, RuntimeError("stopped at once by Ctrl-C; the last checkpoint, if there is one, is kept"))
         return 1
+    except Interrupted as error:
+        return report(config, error)
     except Exception as error:
-        if type(error).__name__ != "Interrupted":
-            log.exception("the job failed")
+        log.exception("the job failed")
         return report(config, error)
     return 0
 
 
-def _write_script(config: Mapping[str, Any], cfg: Any, run_dir: Path, file: Path) -> dict[str, Any]:
+def _write_script(cfg: Any, run_dir: Path, file: Path, hosts: list[str]) -> dict[str, Any]:
     if cfg.launcher.name == "slurm":
         script, text, start = run_dir / "job.sbatch", render_slurm(file, cfg.trainer, cfg.launcher), "sbatch"
     else:
-        hosts = read_hostfile(Path(cfg.launcher.hostfile), cfg.trainer)
         script, text, start = run_dir / "launch.sh", render_hostfile(file, hosts, cfg.trainer, cfg.launcher), "bash"
     rundir.write_atomically(script, text)
     log.info("wrote %s; start it with: %s %s", script, start, script)

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from rlhf.cli import rundir
+from rlhf.cli.errors import Interrupted, report
 from rlhf.config import UserError, build
 from rlhf.engines.launcher import prepare_rank
 from rlhf.logging import log, quiet_libraries, setup_logging
@@ -39,13 +40,13 @@ def run_rank(config: Mapping[str, Any]) -> None:
 
 
 def main(path: str) -> int:
-    from rlhf.cli.errors import report
-
     setup_logging()
     config = yaml.safe_load(Path(path).read_text())
     try:
         run_rank(config)
     except UserError as error:
+        return report(config, error)
+    except Interrupted as error:
         return report(config, error)
     except KeyboardInterrupt:
         return 1

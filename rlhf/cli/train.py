@@ -33,9 +33,8 @@ def _supervised(job: Job, role: str, phase: Phase, step: SFTConfig | RewardTrain
     options = {"loss_on": step.loss_on} if isinstance(step, SFTConfig) else {}
     data = job.data(phase, step.batch_size, step.epochs, steps=step.max_steps, eval_batches=job.cfg.trainer.eval_batches, **options)
     total = _steps(data, f"{'rm' if phase == 'reward' else phase}.batch_size")
-    accumulation = step.batch_size // (step.micro_batch_size * job.world)
     spec = job.trained_engine(
-        role, step.optimizer, step.scheduler, total_steps=total, micro=step.micro_batch_size, accumulation=accumulation
+        role, step.optimizer, step.scheduler, total_steps=total, batch_size=step.batch_size, micro=step.micro_batch_size
     )
     L.seed_everything(job.cfg.seed, verbose=False)
     blueprints = {role: job.blueprint(role, kind="causal" if phase == "sft" else "scalar", trained=True)}
@@ -54,7 +53,7 @@ def ppo(job: Job) -> dict:
     data = job.data("ppo", ppo.batch_size, steps=ppo.iterations, eval_batches=0)
     iterations = _steps(data, "ppo.batch_size")
     steps = iterations * ppo.epochs * (ppo.batch_size * ppo.samples_per_prompt // ppo.minibatch_size)
-    sizes = {"micro": ppo.micro_batch_size, "accumulation": ppo.minibatch_size // (ppo.micro_batch_size * job.world)}
+    sizes = {"batch_size": ppo.minibatch_size, "micro": ppo.micro_batch_size}
     actor_steps = max(1, steps - ppo.critic_warmup * steps // max(1, iterations))
     specs = {
         "actor": job.trained_engine("actor", ppo.actor_optimizer, ppo.actor_scheduler, total_steps=actor_steps, **sizes),

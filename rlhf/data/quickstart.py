@@ -2,7 +2,7 @@
 
 Knows no tokenizer, no chat format and no training. Everything is drawn from SEED, so the task is the same everywhere.
 
-A request such as `please name 4 fruits for me` is answered by `apple , plum , fig , kiwi`. Held-out requests are
+A request such as `please name 4 fruits for me` is answered by `apple plum fig kiwi`. Held-out requests are
 worded, counted and aimed at a kind in a way that no training row is, although each part is trained on. Both answers of a pair come from the same
 noisy writer as the demonstrations, so the worse one is something a policy trained on them would say.
 """
@@ -20,14 +20,14 @@ from rlhf.data.split import generator
 
 SEED = 20230802
 DEMONSTRATIONS = {"train": 2400, "eval": 240}
-PAIRS = {"train": 16000, "eval": 800}
+PAIRS = {"train": 20000, "eval": 800}
 """Rows a split. A pair's row serves either the reward model (as a pair) or PPO (as a prompt)."""
 
 RIGHT = 0.5
 """Chance that the writer makes no fault."""
 SECOND_FAULT = 0.3
 """Chance that a faulty answer has one more fault."""
-FAULTS = {"too few": 0.3, "too many": 0.3, "repeated": 0.2, "wrong kind": 0.2}
+FAULTS = {"too few": 0.3, "too many": 0.3, "repeated": 0.1, "wrong kind": 0.3}
 MOST_EXTRA = 2
 """Items too many that one fault adds at most."""
 
@@ -99,7 +99,7 @@ def generate(split: str) -> list[dict[str, str]]:
 def gold(prompts: Sequence[str], answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
     """The true score of each answer, in [0, 1].
 
-    1 for exactly N different items of the kind, parted by commas, if the answer ended by itself. Otherwise PARTIAL_CREDIT times the
+    1 for exactly N different items of the kind, parted by spaces, if the answer ended by itself. Otherwise PARTIAL_CREDIT times the
     share of right items: different items of the kind (N at most), over the larger of N and the number of items written. An answer that
     was cut off scores CUT_OFF times that of a whole one.
 
@@ -118,7 +118,7 @@ def _gold(prompt: str, answer: str, ended: bool) -> float:
     if not requests:
         raise ValueError(f"the quickstart's score needs a request for items of a kind it knows, got the prompt {prompt!r}")
     n, kind = int(requests[-1][0]), requests[-1][1]
-    written = [item.strip() for item in answer.split(",")]
+    written = answer.split()
     right = set(written) & set(KINDS[kind])
     exact = len(written) == n == len(right)
     share = min(len(right), n) / max(n, len(written))
@@ -157,14 +157,15 @@ def _spoil(rng: np.random.Generator, items: Answer, kind: str) -> Answer:
     if fault == "too few" and len(items) > 1:
         return items[: int(rng.integers(1, len(items)))]
     if fault == "wrong kind":
-        other = str(rng.choice([name for name in KINDS if name != kind]))
-        return [*items[:place], str(rng.choice(KINDS[other])), *items[place + 1 :]]
+        other = str(rng.choice([name for name in KINDS if name != kind]))  # the list drifts to another kind and stays there
+        return items[:place] + [str(item) for item in rng.choice(KINDS[other], len(items) - place, replace=False)]
     if fault == "repeated" and len(items) > 1:
-        return [*items[:place], items[place - 1], *items[place + 1 :]]
+        place = max(1, place)  # from here on the list is stuck on one item
+        return items[:place] + [items[place - 1]] * (len(items) - place)
     fresh = [item for item in KINDS[kind] if item not in items]
     extra = [str(item) for item in rng.choice(fresh, int(rng.integers(1, MOST_EXTRA + 1)), replace=False)]
     return items + extra
 
 
 def _text(answer: Answer) -> str:
-    return " , ".join(answer)
+    return " ".join(answer)

@@ -48,7 +48,12 @@ def parameter_groups(network: nn.Module, training: Training) -> list[dict[str, A
 def build_optimizer(network: nn.Module, training: Training) -> torch.optim.Optimizer:
     """AdamW in one of three implementations; all decouple the weight decay."""
     groups, settings = parameter_groups(network, training), training.optimizer
-    keywords = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps, "weight_decay": settings.weight_decay}
+    keywords: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": tuple(settings.betas),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
     if settings.name == "fused_adam":
         from deepspeed.ops.adam import FusedAdam
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 from transformers.initialization import no_init_weights
 
@@ -92,13 +92,13 @@ def _load(model: nn.Module, folder: Path, gather: Gather, is_writer: bool) -> se
 
     An embedding or head that has grown keeps its old rows; a new row starts as the mean of the old ones.
     """
-    targets = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
+    targets: dict[str, Tensor] = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
     targets |= {name: b for name, b in model.named_buffers() if name in model.state_dict()}
     missing = set(dict(model.named_parameters()))
     renamed = {name.replace(".base_layer.", "."): name for name in missing}
     unused = []
     for stored, tensor in read_tensors(folder):
-        name = next((n for n in _names(stored, model.base_model_prefix) if n in targets), None)
+        name = next((n for n in _names(stored, str(model.base_model_prefix)) if n in targets), None)
         if name is None:
             unused.append(stored)
             continue

@@ -30,7 +30,8 @@ def add_adapters(model: nn.Module, lora: LoraConfig, *, scalar: bool) -> None:
     """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     config = PeftLora(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, task_type="SEQ_CLS" if scalar else "CAUSAL_LM"
+        r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout, target_modules=lora.target_modules, task_type="SEQ_CLS" if scalar else "CAUSAL_LM"
     )  # fmt: skip
     try:
         inject_adapter_in_model(config, model)
@@ -55,7 +56,7 @@ def init_adapters(model: nn.Module, gather: Gather, is_writer: bool) -> None:
     PEFT's own initialization acts on parameters that ZeRO-3 has already taken apart, where it does nothing.
     """
     for layer in adapted_layers(model).values():
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        _, a, b = layer_parameters(layer)
         with gather([a, b]):
             if is_writer or a.numel():
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5))
@@ -64,12 +65,11 @@ def init_adapters(model: nn.Module, gather: Gather, is_writer: bool) -> None:
 
 def layer_parameters(layer: LoraLayer) -> list[nn.Parameter]:
     """What has to be whole to fold an adapter in: base weight, A and B."""
-    base = layer.get_base_layer().weight
-    return [base, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    return [part.weight for part in (layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"])]  # type: ignore[misc]
 
 
 @torch.no_grad()
 def folded_weight(layer: LoraLayer) -> Tensor:
     """The base weight plus scaling x B A (Hu et al. 2021, eq. 3), in the layout and dtype of the base weight."""
-    base = layer.get_base_layer().weight
-    return (base.data.float() + layer.get_delta_weight("default").float()).to(base.dtype)
+    base, delta = layer_parameters(layer)[0], layer.get_delta_weight("default")  # type: ignore[attr-defined]
+    return (base.data.float() + delta.float()).to(base.dtype)

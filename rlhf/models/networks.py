@@ -86,7 +86,7 @@ def restore_rotary(network: nn.Module) -> None:
     """
     for module in network.modules():
         if "inv_freq" in module._buffers and hasattr(module, "config"):
-            device = module.inv_freq.device
+            device = module._buffers["inv_freq"].device  # type: ignore[union-attr]
             fresh = type(module)(module.config)
             for name, buffer in fresh.named_buffers():
                 module._buffers[name] = buffer.float().to(device)

@@ -44,6 +44,10 @@ class RoleModule(L.LightningModule):
         self.metrics: dict[str, float] = {}
         self.tokens: dict[str, int] = {}
 
+    def __getattr__(self, name: str) -> Any:
+        """Roles are set by name once they are built; to a type checker they may be anything."""
+        return super().__getattr__(name)
+
     @property
     def strategy(self) -> RoleStrategy:
         return self.trainer.strategy  # type: ignore[return-value]
@@ -85,7 +89,7 @@ class RoleModule(L.LightningModule):
 
 def step_metrics(results: dict[str, StepResult]) -> dict[str, float]:
     """Names each role's gradient norm, learning rate and skipped steps."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for role, result in results.items():
         metrics |= {f"{role}/grad_norm": result.grad_norm, f"{role}/lr": result.learning_rate, f"{role}/skipped": float(result.skipped)}
     return metrics

@@ -60,7 +60,7 @@ class PPO(RoleModule):
         """Turns answers into experience: logprobs of actor and ref, values, scores, KL-shaped rewards and advantages, once."""
         self.actor.eval()
         self.critic.eval()
-        parts = [self._judge(micro) for micro in rollout.micro_batches(self.ppo.score_micro_batch_size)]
+        parts = [self._judge(micro) for micro in rollout.micro_batches(self.ppo.score_micro_batch_size or len(rollout))]
         logprobs, ref_logprobs, values, scores = (torch.cat(column) for column in zip(*parts, strict=True))
         mask = rollout.action_mask
         kl = kl_estimate(logprobs, ref_logprobs, self.ppo.kl_estimator)  # (B, A)
@@ -174,7 +174,7 @@ class PPO(RoleModule):
         actor_learns = self.iteration >= self.ppo.critic_warmup
         sums: dict[str, Tensor] = {}
         largest = torch.zeros((), device=self.device)
-        for micro in batch.micro_batches(self.ppo.micro_batch_size):
+        for micro in batch.micro_batches(self.ppo.micro_batch_size or len(batch)):
             part: dict[str, Tensor] = {}
             if actor_learns:
                 loss, policy, ratio = self._policy_loss(micro)

@@ -30,17 +30,17 @@ class RewardModel(RoleModule):
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         with self.clock("train"):
             totals: dict[str, Tensor] = {}
-            for micro in batch.micro_batches(self.rm.micro_batch_size):
+            for micro in batch.micro_batches(self.rm.micro_batch_size or len(batch)):
                 sums = self._judge(micro)
                 self.strategy.backward("reward", sums["loss"] / self.rm.batch_size)
                 results = self.strategy.step("reward")
                 totals = {name: totals.get(name, 0) + value.detach().double() for name, value in sums.items()}
             values = self.strategy.sum_over_ranks(torch.stack(list(totals.values())))
-            sums = as_scalars(dict(zip(totals, values, strict=True)))
+            seen = as_scalars(dict(zip(totals, values, strict=True)))
         self.iteration += 1
         self.tokens = {"train": int(batch.chosen_mask.sum() + batch.rejected_mask.sum())}
-        train = {f"reward/train_{name.split('/')[1]}": value for name, value in self.summarize(sums).items()}
-        self.metrics = {"reward/loss": sums["loss"] / self.rm.batch_size, **train, **step_metrics(results)}
+        train = {f"reward/train_{name.split('/')[1]}": value for name, value in self.summarize(seen).items()}
+        self.metrics = {"reward/loss": seen["loss"] / self.rm.batch_size, **train, **step_metrics(results)}
 
     def _judge(self, batch: PairBatch) -> dict[str, Tensor]:
         """Sums over the pairs of a batch. Both answers go through the model in one forward pass."""

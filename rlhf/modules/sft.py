@@ -32,7 +32,7 @@ class SFT(RoleModule):
         with self.clock("train"):
             tokens = self.strategy.sum_over_ranks(batch.loss_mask[:, 1:].sum().double())
             loss = torch.zeros((), dtype=torch.float64, device=self.device)
-            for micro in batch.micro_batches(self.sft.micro_batch_size):
+            for micro in batch.micro_batches(self.sft.micro_batch_size or len(batch)):
                 share = self._token_losses(micro).sum() / tokens
                 self.strategy.backward("actor", share)
                 results = self.strategy.step("actor")

@@ -47,6 +47,8 @@ class DataConfig:
     """Takes the first rows of each source after a seeded shuffle. None: all."""
     shuffle_preferences: bool
     """Swaps chosen and rejected at random: a control that must not learn."""
+    gold: str | None
+    """Import path of the task's true score, where it has one: `f(prompts, answers, ended) -> list of floats`. Training never sees it."""
     chat: ChatFormat
     max_prompt_tokens: int
     max_answer_tokens: int

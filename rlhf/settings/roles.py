@@ -59,6 +59,9 @@ class ZeroConfig:
         require(not self.offload_params or self.stage == 3, f"offload_params needs stage=3, got stage={self.stage}")
         require(not self.offload_optimizer or self.stage >= 1, "offload_optimizer needs stage 1, 2 or 3, got stage=0")
         require(not self.quantized_weights or self.stage == 3, f"quantized_weights needs stage=3, got stage={self.stage}")
+        require(
+            self.hpz_partition_size == 1 or self.quantized_weights, "hpz_partition_size acts with quantized_weights=true only: set it to 1"
+        )
         require_at_least_one(hpz_partition_size=self.hpz_partition_size, reduce_bucket_size=self.reduce_bucket_size)
 
 
@@ -115,7 +118,9 @@ class SchedulerConfig:
         require(self.name in names, f"name must be one of {', '.join(names)}, got {self.name}")
         require_in("warmup", self.warmup, 0)
         require_in("min_lr_ratio", self.min_lr_ratio, 0, 1)
-        require(self.min_lr_ratio == 0 or self.name in ("linear", "cosine"), f"min_lr_ratio works with linear and cosine, not {self.name}")
+        decays = ("linear", "cosine", "cosine_with_restarts")
+        require(self.min_lr_ratio == 0 or self.name in decays, f"min_lr_ratio works with {', '.join(decays)}, not {self.name}")
+        require(self.warmup == 0 or self.name != "constant", "warmup does not go with name=constant: use constant_with_warmup")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ class TrainerConfig:
     log_every: int
     """Steps between two lines of metrics.csv."""
     checkpoint_every: int | None
-    """Steps between two checkpoints. None: only at the end and on Ctrl-C."""
+    """Steps between two checkpoints. None: only when Ctrl-C asks for one."""
     keep_checkpoints: int
     eval_every: int | None
     """Steps between two evaluations on held-out rows. None: before and after only."""

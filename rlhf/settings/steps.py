@@ -19,8 +19,8 @@ class StepConfig:
     epochs: float
     batch_size: int
     """Examples of one optimizer step, over all ranks."""
-    micro_batch_size: int
-    """Examples of one forward pass on one rank."""
+    micro_batch_size: int | None
+    """Examples of one forward pass on one rank. None: the rank's whole share of the batch."""
     max_steps: int | None
     """Stops after so many optimizer steps. None: after `epochs`."""
     optimizer: OptimizerConfig
@@ -28,7 +28,7 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, f"epochs must be positive, got {self.epochs}")
-        require_at_least_one(batch_size=self.batch_size, micro_batch_size=self.micro_batch_size)
+        require_at_least_one(batch_size=self.batch_size, micro_batch_size=1 if self.micro_batch_size is None else self.micro_batch_size)
         require(self.max_steps is None or self.max_steps >= 0, f"max_steps must not be negative, got {self.max_steps}")
 
 
@@ -63,10 +63,10 @@ class PPOConfig:
     samples_per_prompt: int
     minibatch_size: int
     """Sequences of one optimizer step, over all ranks."""
-    micro_batch_size: int
-    """Sequences of one training forward pass on one rank."""
-    score_micro_batch_size: int
-    """Sequences of one scoring forward pass on one rank."""
+    micro_batch_size: int | None
+    """Sequences of one training forward pass on one rank. None: the rank's whole share of the minibatch."""
+    score_micro_batch_size: int | None
+    """Sequences of one scoring forward pass on one rank. None: all of them."""
     epochs: int
     """Passes over one iteration's experience."""
     kl_coef: float
@@ -100,11 +100,16 @@ class PPOConfig:
     critic_scheduler: SchedulerConfig
 
     def __post_init__(self) -> None:
-        require_at_least_one(
-            batch_size=self.batch_size, samples_per_prompt=self.samples_per_prompt, minibatch_size=self.minibatch_size,
-            micro_batch_size=self.micro_batch_size, score_micro_batch_size=self.score_micro_batch_size, epochs=self.epochs,
-            kl_horizon=self.kl_horizon,
-        )  # fmt: skip
+        for name in (
+            "batch_size",
+            "samples_per_prompt",
+            "minibatch_size",
+            "micro_batch_size",
+            "score_micro_batch_size",
+            "epochs",
+            "kl_horizon",
+        ):
+            require(getattr(self, name) is None or getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("kl_coef", "value_loss_coef", "critic_warmup", "clip_range"):
             require_in(name, getattr(self, name), 0)
         require_in("gamma", self.gamma, 0, 1)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from rlhf.config import build
 from rlhf.data.phases import phase_rows, sft_corpus
-from rlhf.data.quickstart import HELD_OUT
+from rlhf.data.quickstart import requests
 from rlhf.data.sources import resolve
 from rlhf.data.tokenizer import encode_answers, load_tokenizer
 from rlhf.settings import DataConfig
@@ -43,4 +43,4 @@ def test_the_quickstart_loses_no_row_and_knows_every_held_out_word(tmp_path: Pat
     assert all(list(report) == ["rows"] and len(rows) == report["rows"] >= 200 for rows, report in reports.values())
     texts = reports["ppo", "eval"][0]["text"][:]
     assert tokenizer.unk_token_id not in {token for ids in encode_answers(tokenizer, texts) for token in ids}
-    assert all(any(f"{n} {kind}" in text for n, kind in HELD_OUT) for text in texts)
+    assert all(any(request in text for request, _, _ in requests("eval")) for text in texts)

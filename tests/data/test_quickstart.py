@@ -12,18 +12,18 @@ REQUEST = " Human: please name 3 fruits . Assistant:"
 @pytest.mark.parametrize(
     ("answer", "ended", "score"),
     [
-        (" apple , plum , fig", True, 1.0),
-        (" plum , apple , kiwi ", True, 1.0),
-        (" apple , plum , fig", False, 0.5),
-        (" apple , plum", True, 0.5 * 2 / 3),
-        (" apple , plum , fig , kiwi", True, 0.5 * 3 / 4),
-        (" apple , plum , plum", True, 0.5 * 2 / 3),
-        (" apple , plum , dog", True, 0.5 * 2 / 3),
-        (" apple , plum , fig ,", True, 0.5 * 3 / 4),
-        (" apple plum fig", True, 0.0),
-        (" apple , , plum , fig", True, 0.5 * 3 / 4),
+        (" apple plum fig", True, 1.0),
+        (" plum apple kiwi ", True, 1.0),
+        (" apple plum fig", False, 0.5),
+        (" apple plum", True, 0.5 * 2 / 3),
+        (" apple plum fig kiwi", True, 0.5 * 3 / 4),
+        (" apple plum plum", True, 0.5 * 2 / 3),
+        (" apple plum dog", True, 0.5 * 2 / 3),
+        (" apple plum fig ,", True, 0.5 * 3 / 4),
+        (" applet plums figs", True, 0.0),
+        (" apple plum , fig", True, 0.5 * 3 / 4),
         ("", True, 0.0),
-        (" dog , cat , cow", True, 0.0),
+        (" dog cat cow", True, 0.0),
     ],
 )
 def test_gold_is_one_for_exactly_the_right_list_alone(answer: str, ended: bool, score: float) -> None:
@@ -31,7 +31,7 @@ def test_gold_is_one_for_exactly_the_right_list_alone(answer: str, ended: bool, 
 
 
 def test_gold_reads_the_last_request_and_refuses_other_prompts() -> None:
-    assert gold(["name 2 tools " + REQUEST], ["fig , pear , plum"], [True]) == [1.0]
+    assert gold(["name 2 tools " + REQUEST], ["fig pear plum"], [True]) == [1.0]
     with pytest.raises(ValueError, match="needs a request"):
         gold(["what is love ?"], ["fig"], [True])
 
@@ -48,7 +48,7 @@ def test_about_half_of_the_demonstrations_are_right() -> None:
     rows = demonstrations("train")
     scores = gold([row["prompt"] for row in rows], [row["chosen"] for row in rows], [True] * len(rows))
     assert 0.45 < scores.count(1.0) / len(scores) < 0.57
-    assert max(row["chosen"].count(",") + 1 for row in rows) <= 5 + 2 * MOST_EXTRA
+    assert max(len(row["chosen"].split()) for row in rows) <= 5 + 2 * MOST_EXTRA
 
 
 def test_held_out_requests_are_never_trained_on() -> None:
