@@ -29,7 +29,10 @@ PLAIN = ("model", "lora", "data", "hardware", "logger", "callbacks", "scheduler"
 """Groups whose options go with everything, so that one composition tests one option of each."""
 SHORT = ("data.max_prompt_tokens=16", "data.max_answer_tokens=16")
 """Fits the context of every model."""
-EXCLUDED = {("data", "base"): "what the other files start from; it names no source"}
+EXCLUDED = {
+    ("data", "base"): "what the other files start from; it names no source",
+    ("data", "ptx"): "refused as long as no verb trains on it: test_what_nothing_reads_yet_is_refused",
+}
 ALL_MODELS_IN = ("sft", "reward", "ppo")
 """Each role in one verb: the other verbs put the same files into the same packages, so the first few are enough there."""
 
@@ -87,6 +90,10 @@ def test_every_option_of_the_plain_groups_is_accepted(verb: str) -> None:
             accepted(verb, *overrides, *SHORT)
         except Exception as error:
             raise AssertionError(f"rlhf {verb} {' '.join(overrides)}") from error
+
+
+def test_what_nothing_reads_yet_is_refused() -> None:
+    assert "no verb mixes pre-training text" in refusal("ppo", "data=ptx", *SHORT)
 
 
 LEARNERS = {"sft": ("actor",), "reward": ("reward",), "ppo": ("actor", "critic"), "pipeline": ("actor", "critic", "reward"), "evaluate": ()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -78,12 +78,12 @@ def load_gold(evaluation: EvaluationConfig) -> Gold | None:
     """
     if evaluation.gold is None:
         return None
-    scorer = locate(evaluation.gold)
+    scorer: Any = locate(evaluation.gold)
     if inspect.isclass(scorer):
         try:
-            return scorer(**evaluation.gold_kwargs)
+            return cast(Gold, scorer(**evaluation.gold_kwargs))
         except TypeError as error:
             raise UserError(f"evaluation.gold_kwargs do not fit {evaluation.gold}: {error}") from error
     if evaluation.gold_kwargs:
         raise UserError(f"evaluation.gold_kwargs are for a class, but {evaluation.gold} is a function")
-    return scorer  # type: ignore[return-value]
+    return scorer

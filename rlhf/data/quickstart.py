@@ -3,8 +3,8 @@
 Knows no tokenizer, no chat format and no training. Everything is drawn from SEED, so the task is the same everywhere.
 
 A request such as `please name 4 fruits for me` is answered by `apple plum fig kiwi`. Held-out requests are
-worded, counted and aimed at a kind in a way that no training row is, although each part is trained on. Both answers of a pair come from the same
-noisy writer as the demonstrations, so the worse one is something a policy trained on them would say.
+worded, counted and aimed at a kind in a way that no training row is, although each part is trained on. Both answers of a pair have the
+faults of the demonstrations, so the worse one is something a policy trained on them would say.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEMONSTRATIONS = {"train": 2400, "eval": 240}
 PAIRS = {"train": 20000, "eval": 800}
 """Rows a split. A pair's row serves either the reward model (as a pair) or PPO (as a prompt)."""
 
-RIGHT = 0.5
+RIGHT = 0.45
 """Chance that the writer makes no fault."""
 SECOND_FAULT = 0.3
 """Chance that a faulty answer has one more fault."""
@@ -39,7 +39,7 @@ PARTIAL_CREDIT = 0.5
 CUT_OFF = 0.5
 """Factor on the score of an answer that did not end by itself."""
 
-COUNTS = range(1, 6)
+COUNTS = range(1, 5)
 KINDS: dict[str, tuple[str, ...]] = {
     kind: tuple(items.split())
     for kind, items in {
@@ -83,12 +83,13 @@ def demonstrations(split: str) -> list[dict[str, str]]:
 
 @functools.cache
 def generate(split: str) -> list[dict[str, str]]:
-    """Rows `prompt`, `chosen`, `rejected`: two answers of the noisy writer, the one with the strictly higher score chosen."""
+    """Rows `prompt`, `chosen`, `rejected`: an answer of the noisy writer and the same with one more fault, the better one chosen."""
     rng = generator("quickstart pairs", SEED, split)
     rows: list[dict[str, str]] = []
     while len(rows) < PAIRS[split]:
         prompt, n, kind = _request(rng, split)
-        one, other = (_text(_write(rng, n, kind)) for _ in range(2))
+        answer = _write(rng, n, kind)
+        one, other = _text(answer), _text(_spoil(rng, answer, kind))
         score, other_score = gold([prompt] * 2, [one, other], [True] * 2)
         if abs(score - other_score) >= MARGIN:
             chosen, rejected = (one, other) if score > other_score else (other, one)
@@ -158,12 +159,12 @@ def _spoil(rng: np.random.Generator, items: Answer, kind: str) -> Answer:
         return items[: int(rng.integers(1, len(items)))]
     if fault == "wrong kind":
         other = str(rng.choice([name for name in KINDS if name != kind]))  # the list drifts to another kind and stays there
-        return items[:place] + [str(item) for item in rng.choice(KINDS[other], len(items) - place, replace=False)]
+        return items[:place] + [str(item) for item in rng.choice(KINDS[other], min(len(items) - place, len(KINDS[other])), replace=False)]
     if fault == "repeated" and len(items) > 1:
         place = max(1, place)  # from here on the list is stuck on one item
         return items[:place] + [items[place - 1]] * (len(items) - place)
     fresh = [item for item in KINDS[kind] if item not in items]
-    extra = [str(item) for item in rng.choice(fresh, int(rng.integers(1, MOST_EXTRA + 1)), replace=False)]
+    extra = [str(item) for item in rng.choice(fresh, min(len(fresh), int(rng.integers(1, MOST_EXTRA + 1))), replace=False)]
     return items + extra
 
 

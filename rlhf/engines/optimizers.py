@@ -66,12 +66,13 @@ def build_optimizer(network: nn.Module, training: Training) -> torch.optim.Optim
 
 
 def learning_rate_factor(scheduler: SchedulerConfig, total_steps: int) -> Callable[[int], float]:
-    """Step -> factor on the peak learning rate. Same curves as transformers' `get_scheduler` of the same name."""
+    """Step -> factor on the peak learning rate. The curves of transformers' `get_scheduler` of the same name, and
+    a warmup for `constant` too where one is asked for."""
     warmup = int(scheduler.warmup if scheduler.warmup >= 1 else scheduler.warmup * total_steps)
     low = scheduler.min_lr_ratio
 
     def factor(step: int) -> float:
-        if step < warmup and scheduler.name != "constant":
+        if step < warmup:
             return step / max(1, warmup)
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         match scheduler.name:

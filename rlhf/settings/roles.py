@@ -120,7 +120,6 @@ class SchedulerConfig:
         require_in("min_lr_ratio", self.min_lr_ratio, 0, 1)
         decays = ("linear", "cosine", "cosine_with_restarts")
         require(self.min_lr_ratio == 0 or self.name in decays, f"min_lr_ratio works with {', '.join(decays)}, not {self.name}")
-        require(self.warmup == 0 or self.name != "constant", "warmup does not go with name=constant: use constant_with_warmup")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.data.quickstart import KINDS, MOST_EXTRA, demonstrations, generate, gold, requests
+from rlhf.data.quickstart import COUNTS, KINDS, MOST_EXTRA, demonstrations, generate, gold, requests
 
 REQUEST = " Human: please name 3 fruits . Assistant:"
 
@@ -56,7 +56,7 @@ def test_held_out_requests_are_never_trained_on() -> None:
         return {row["prompt"] for rows in (generate(split), demonstrations(split)) for row in rows}
 
     assert prompts("eval") <= {text for text, _, _ in requests("eval")} and not prompts("train") & prompts("eval")
-    assert {n for _, n, _ in requests("eval")} == set(range(1, 6)) and {kind for _, _, kind in requests("eval")} == set(KINDS)
+    assert {n for _, n, _ in requests("eval")} == set(COUNTS) and {kind for _, _, kind in requests("eval")} == set(KINDS)
 
 
 def test_no_item_belongs_to_two_kinds() -> None:
