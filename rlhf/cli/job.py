@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.cli import rundir
-from rlhf.cli.errors import Interrupted, report
+from rlhf.cli.errors import FAILED, Interrupted, report
 from rlhf.config import UserError, build, check
 from rlhf.engines.launcher import accelerator, read_hostfile, render_hostfile, render_slurm, run_ranks
 from rlhf.logging import log
@@ -56,7 +56,7 @@ def run_job(config: Mapping[str, Any]) -> dict[str, Any]:
     starts_ranks = cfg.trainer.devices > 1 and not external
     code = run_ranks(file, cfg.trainer, cfg.launcher) if starts_ranks else _run_here(config)
     summary = rundir.read_summary(run_dir)
-    if code and (summary is None or summary["status"] == "done"):
+    if code == FAILED and summary is None:
         # Rank zero was ended before it could say so itself: killed, or out of memory.
         rundir.write_summary(config, "failed", error=f"the ranks ended with exit code {code}")
     if code:

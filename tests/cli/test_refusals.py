@@ -215,7 +215,7 @@ def test_resume_cannot_change_what_is_trained(refused: Refused, pairs: Path, tmp
     before = contents(run_dir)
     again = (f"run_dir={run_dir}", f"data.path={pairs}", "resume=true")
     says(refused(*SFT, *again, "model@actor.model=tiny-opt"), ("cannot change actor.model.family", "'llama'", "'opt'", "new run_dir"))
-    says(refused(*SFT, *again, "sft.optimizer.lr=0.5"), ("cannot change sft.optimizer.lr", "0.001", "0.5"))
+    says(refused(*SFT, *again, "sft.optimizer.lr=0.5"), ("cannot change sft.optimizer.lr", "0.002", "0.5"))
     assert contents(run_dir) == before
 
 

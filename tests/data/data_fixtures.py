@@ -32,7 +32,7 @@ def settings(tmp_path: Path) -> Callable[..., DataConfig]:
     def make(**changes: Any) -> DataConfig:
         values: dict[str, Any] = {
             "sources": ["pairs"], "path": str(tmp_path / "pairs.jsonl"), "sft_only": [], "ptx": [], "split": [2, 4, 4], "split_seed": 1234,
-            "eval_fraction": 0.2, "max_rows": None, "shuffle_preferences": False, "chat": CHAT, "max_prompt_tokens": 16,
+            "eval_fraction": 0.2, "max_rows": None, "shuffle_preferences": False, "chat": CHAT, "gold": None, "max_prompt_tokens": 16,
             "max_answer_tokens": 8, "overlong": "drop", "length_bucket": 4, "cache_dir": str(tmp_path / "cache"), "workers": 0,
         }  # fmt: skip
         return DataConfig(**(values | changes))
