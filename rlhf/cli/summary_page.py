@@ -75,6 +75,12 @@ def read_columns(file: Path, names: list[str]) -> dict[str, tuple[list[float], l
     return columns
 
 
+def smoothed(values: list[float]) -> list[float]:
+    """A centred mean over a twentieth of the curve, for the eye; the raw curve is drawn behind it."""
+    half = len(values) // 40
+    return [sum(part) / len(part) for part in (values[max(0, i - half) : i + half + 1] for i in range(len(values)))]
+
+
 def plot_pipeline(run_dir: Path, names: list[str]) -> Path | None:
     """`curves.png`: the steps' curves and the two gold scores. None where no step wrote metrics."""
     import matplotlib
@@ -95,7 +101,8 @@ def plot_pipeline(run_dir: Path, names: list[str]) -> Path | None:
     figure, axes = plt.subplots(-(-count // 3), min(3, count), figsize=(4.2 * min(3, count), 3.1 * -(-count // 3)), squeeze=False)
     flat = list(axes.flat)
     for axis, (title, steps, values) in zip(flat, panels, strict=False):
-        axis.plot(steps, values, color="#1f5fa8", linewidth=1.4)
+        axis.plot(steps, values, color="#1f5fa8", linewidth=0.8, alpha=0.35)
+        axis.plot(steps, smoothed(values), color="#1f5fa8", linewidth=1.6)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("iteration" if title.startswith("PPO") else "step", fontsize=8)
         axis.grid(alpha=0.3)
@@ -103,6 +110,7 @@ def plot_pipeline(run_dir: Path, names: list[str]) -> Path | None:
         axis = flat[len(panels)]
         drawn = axis.bar([name for name, _ in bars], [value for _, value in bars], color=["#9bb8d3", "#1f5fa8"])
         axis.bar_label(drawn, fmt="%.2f")
+        axis.margins(y=0.15)
         axis.set_title("gold score, held-out prompts", fontsize=10)
     for axis in flat[count:]:
         axis.set_visible(False)
