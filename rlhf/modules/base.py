@@ -55,6 +55,7 @@ class RoleModule(L.LightningModule):
     def configure_model(self) -> None:
         for role, blueprint in self.blueprints.items():
             if not hasattr(self, role):
+                torch.manual_seed(torch.initial_seed())  # random weights come from seed and shape alone: ref starts as actor does
                 network = build_network(
                     blueprint, sharded=self.sharded(role), gather=self.gather_for_writing, is_writer=self.global_rank == 0
                 )

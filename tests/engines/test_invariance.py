@@ -69,10 +69,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
         job = config("ppo", name, *init, "rollout=recorded", f"rollout.recorded_path={rollouts}", f"trainer.devices={world}", *extra)
         (alone if world == 1 else together).append(job)
     still = ("ppo.actor_optimizer.lr=0", "ppo.critic_optimizer.lr=0", "ppo.critic_optimizer.weight_decay=0.1")
-    alone.append(config("ppo", "still", *init, *still))
+    alone += [config("ppo", "still", *init, *still), config("ppo", "fresh", "ppo.iterations=1")]
     run_together(first + alone, world=1)
     run_together(together, world=2)
-    yield {name: root / name.replace(", ", "-").replace(" ", "-") for name in ["base", "still", *SETUPS]} | {
+    yield {name: root / name.replace(", ", "-").replace(" ", "-") for name in ["base", "still", "fresh", *SETUPS]} | {
         "sft": root / "sft",
         "reward": root / "reward",
     }
@@ -136,3 +136,8 @@ def test_exports_load_in_a_python_without_this_package(runs: dict[str, Path], tm
     )
     network = build_network(blueprint, sharded=nullcontext(), gather=lambda parameters: nullcontext(), is_writer=True).eval()
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), network(ids, torch.ones_like(ids).bool()))
+
+
+@pytest.mark.launch
+def test_without_weights_to_start_from_ref_is_still_the_actor(runs: dict[str, Path]) -> None:
+    assert column(runs["fresh"], "rollout/kl") == pytest.approx([0.0], abs=1e-4)
