@@ -97,7 +97,7 @@ def test_one_overflow_skips_both_steps_and_only_its_own_scale_falls(stage: int) 
     assert step(1e6, align_overflow(engines)) == {"actor": True, "critic": False}
     assert all(torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
     after = [scale(engine) for engine in engines.values()]
-    assert after[0] < scales[0] or stage, (scales, after)  # hysteresis may keep the first overflow's scale
+    assert after[0] <= scales[0]  # hysteresis may keep the first overflow's scale
     assert after[1] == scales[1]
     for _ in range(12):
         flags = step(1.0, align_overflow(engines))
