@@ -1,0 +1,91 @@
+"""From logits to tokens: one uniform number a token, turned into a token by the inverse of the distribution's sum.
+
+The number comes from a hash of (seed, sequence, position), so that a sequence draws the same whatever batch, slot, rank or device it
+is in. B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+"""Arithmetic is that of unsigned 32-bit numbers, held in int64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How answers are drawn, the same for all of a rollout."""
+
+    temperature: float
+    """0: the most likely token."""
+    top_k: int
+    """0: off."""
+    top_p: float
+    """1: off."""
+    min_new_tokens: int
+    """No stop token before so many."""
+    stop_ids: tuple[int, ...]
+    pad_id: int
+
+    @property
+    def filters(self) -> bool:
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+
+def mix(h: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers whose output bits depend on all input bits (the finalizer of MurmurHash3, Appleby 2011)."""
+    h = h ^ (h >> 16)
+    h = (h * 0x85EBCA6B) & MASK
+    h = h ^ (h >> 13)
+    h = (h * 0xC2B2AE35) & MASK
+    return h ^ (h >> 16)
+
+
+def uniforms(seed: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+    """() or (B,), (B,), (B,) int64 -> (B,) fp32 in [0, 1), multiples of 2^-24."""
+    h = mix((seed & MASK) ^ 0x9E3779B9)
+    h = mix(h ^ (sequence & MASK))
+    h = mix((h + 0x9E3779B9 * (position & MASK)) & MASK)
+    return (h >> 8).float() * 2.0**-24
+
+
+def filtered(logits: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """(B, V) -> (B, V) fp32: -inf outside the top k, and outside the smallest set of the most likely tokens with mass top_p.
+
+    The order is transformers': temperature, top k, top p (Holtzman et al. 2020, section 3.1).
+    """
+    scores = logits.float()
+    if top_k > 0:
+        least = scores.topk(min(top_k, scores.shape[-1])).values[:, -1:]  # (B, 1)
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    if top_p < 1:
+        ordered, index = scores.sort(dim=-1, descending=True)
+        mass = (ordered / temperature).softmax(dim=-1)
+        outside = mass.cumsum(dim=-1) - mass >= top_p  # the mass before a token already suffices
+        scores = scores.masked_fill(outside.scatter(-1, index, outside), -torch.inf)
+    return scores
+
+
+def choose(logits: Tensor, candidates: Tensor, uniform: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draws a token from `candidates` and gives its log-probability under `logits`.
+
+    Args:
+        logits: (B, V) of the model.
+        candidates: (B, V) the same with what must not be drawn at -inf.
+        uniform: (B,) fp32.
+
+    Returns:
+        (B,) int64 tokens; (B,) fp32 log-probabilities under softmax(logits / temperature), nothing left out (temperature 0: softmax(logits)).
+    """
+    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)
+    if temperature == 0:
+        tokens = candidates.argmax(dim=-1)
+    else:
+        sums = (candidates.float() / temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, V)
+        total = sums[:, -1:]
+        below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not carry the number past the last candidate
+        tokens = torch.searchsorted(sums, torch.minimum(uniform.unsqueeze(1) * total, below), right=True).squeeze(1)
+    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
