@@ -20,7 +20,7 @@ SETTINGS = "rlhf.settings."
 TOP_LEVEL = (
     "verb", "seed", "run_dir", "resume", "steps", "sweep_metric",
     "data", "trainer", "launcher", "logger", "callbacks", "hardware",
-    "actor", "critic", "ref", "reward", "sft", "rm", "ppo", "rollout", "tp", "evaluation",
+    "actor", "critic", "ref", "reward", "sft", "rm", "ppo", "rollout", "tp", "evaluation", "bench",
 )  # fmt: skip
 """Every key that a verb or a sweep may have at the top: another one would be read by nobody."""
 LARGEST_SEED = 2**32 - 1
@@ -149,6 +149,7 @@ def check(cfg: Any) -> None:
     _check_lengths(cfg)
     _check_precision(cfg)
     _check_rollout(cfg)
+    _check_tensor_parallel(cfg)
     _check_optimizers(cfg)
     if getattr(getattr(cfg, "data", None), "ptx", None):
         raise UserError("data.ptx: no verb mixes pre-training text into its loss yet; set data.ptx=[]")
@@ -232,6 +233,13 @@ def _check_lengths(cfg: Any) -> None:
             f"rollout.max_new_tokens={rollout.max_new_tokens} passes data.max_answer_tokens={data.max_answer_tokens}: the reward model "
             "would judge longer answers than it has seen"
         )
+    if rollout is not None and rollout.max_out_tokens is not None:
+        needed = data.max_prompt_tokens + rollout.max_new_tokens
+        if rollout.max_out_tokens < needed:
+            raise UserError(
+                f"rollout.max_out_tokens={rollout.max_out_tokens} is {needed - rollout.max_out_tokens} short of data.max_prompt_tokens + "
+                f"rollout.max_new_tokens = {needed}: raise it, or set it to null"
+            )
     for name, role in roles(cfg).items():
         context = role.model.shape.get("max_position_embeddings")
         longest = data.max_prompt_tokens + data.max_answer_tokens
@@ -256,10 +264,13 @@ def _check_rollout(cfg: Any) -> None:
     rollout = getattr(cfg, "rollout", None)
     if rollout is None:
         return
-    if cfg.tp.size != 1:
-        raise UserError(
-            f"tp.size={cfg.tp.size} shards the actor during rollouts, which rollout.engine={rollout.engine} cannot do: set tp=tp1"
-        )
+    if hasattr(cfg, "ppo") and rollout.engine != "hybrid_engine":
+        key = "old_logprobs=rollout" if cfg.ppo.old_logprobs == "rollout" else f"importance_cap={cfg.ppo.importance_cap}"
+        if cfg.ppo.old_logprobs == "rollout" or cfg.ppo.importance_cap is not None:
+            raise UserError(
+                f"ppo.{key} needs the sampler's log-probabilities, which rollout.engine={rollout.engine} does not return: "
+                "choose rollout=hybrid_engine"
+            )
     if hasattr(cfg, "ppo") and rollout.temperature == 0:
         raise UserError("rollout.temperature=0 samples greedily, so that PPO has nothing to explore: choose a temperature above 0")
     if hasattr(cfg, "critic") and cfg.ppo.critic_init == "actor" and cfg.critic.model.name != cfg.actor.model.name:
@@ -267,3 +278,28 @@ def _check_rollout(cfg: Any) -> None:
             f"ppo.critic_init=actor needs critic.model and actor.model to be the same network, "
             f"got {cfg.critic.model.name} and {cfg.actor.model.name}"
         )
+
+
+def _check_tensor_parallel(cfg: Any) -> None:
+    """The ranks that share an actor: an engine that can shard it, one node, and heads for each of them."""
+    tp, rollout = getattr(cfg, "tp", None), getattr(cfg, "rollout", None)
+    if tp is None or rollout is None or tp.size == 1:
+        return
+    size, world, per_node = tp.size, world_size(cfg), cfg.trainer.devices
+    if rollout.engine != "hybrid_engine":
+        raise UserError(
+            f"tp.size={size} shards the actor during rollouts, which rollout.engine={rollout.engine} cannot do: "
+            "choose rollout=hybrid_engine or tp=tp1"
+        )
+    if world % size:
+        raise UserError(f"tp.size={size} does not divide the number of ranks, trainer.devices x trainer.num_nodes = {world}")
+    if per_node % size:
+        raise UserError(f"tp.size={size} does not divide trainer.devices={per_node}: the ranks that share an actor must be of one node")
+    shape, model = cfg.actor.model.shape, cfg.actor.model.name
+    heads = shape["num_attention_heads"]
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        count = shape.get(key) or heads  # null, too, means a key/value head for each query head
+        if count < size:
+            raise UserError(f"tp.size={size} is more than actor.model.shape.{key}={count} ({model}): some ranks would have no head")
+        if count % size:
+            raise UserError(f"tp.size={size} does not divide actor.model.shape.{key}={count} ({model})")

@@ -25,12 +25,13 @@ CONF = ROOT / "conf"
 MAX_KEYS = 160
 """Different keys of the composed PPO config: more, and nobody reads what a run is made of."""
 
-PLAIN = ("model", "lora", "data", "hardware", "logger", "callbacks", "scheduler", "trainer", "sft", "rm", "ppo", "evaluation")
+PLAIN = ("model", "lora", "data", "hardware", "logger", "callbacks", "scheduler", "trainer", "sft", "rm", "ppo", "evaluation", "bench")
 """Groups whose options go with everything, so that one composition tests one option of each."""
 SHORT = ("data.max_prompt_tokens=16", "data.max_answer_tokens=16")
 """Fits the context of every model."""
 EXCLUDED = {
     ("data", "base"): "what the other files start from; it names no source",
+    ("rollout", "base"): "what the other files start from; it names no engine",
     ("data", "ptx"): "refused as long as no verb trains on it: test_what_nothing_reads_yet_is_refused",
 }
 ALL_MODELS_IN = ("sft", "reward", "ppo")
@@ -96,7 +97,14 @@ def test_what_nothing_reads_yet_is_refused() -> None:
     assert "no verb mixes pre-training text" in refusal("ppo", "data=ptx", *SHORT)
 
 
-LEARNERS = {"sft": ("actor",), "reward": ("reward",), "ppo": ("actor", "critic"), "pipeline": ("actor", "critic", "reward"), "evaluate": ()}
+LEARNERS = {
+    "sft": ("actor",),
+    "reward": ("reward",),
+    "ppo": ("actor", "critic"),
+    "pipeline": ("actor", "critic", "reward"),
+    "evaluate": (),
+    "bench": (),
+}
 NEEDS_LORA = ("mixz", "mixz_hpz")
 OFFLOADED = ("z2_offload", "z3_offload", "z3_offload_optimizer")
 
@@ -152,14 +160,16 @@ def test_every_launcher(verb: str) -> None:
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if "tp" in CHOICES[verb]])
 def test_every_way_to_generate(verb: str) -> None:
+    assert options("rollout") == ["hf_generate", "hybrid_engine", "recorded"]
+    for rollout in (["rollout=hf_generate"], ["rollout=recorded", "rollout.recorded_path=rollouts"], ["rollout=hybrid_engine"]):
+        accepted(verb, *rollout)
     for name in options("tp"):
+        shared = [f"tp={name}", f"trainer.devices={name.removeprefix('tp')}", "model@actor.model=opt-1.3b"]
+        accepted(verb, "rollout=hybrid_engine", *shared)
         if name == "tp1":
-            accepted(verb, f"tp={name}")
+            accepted(verb, "rollout=hf_generate", *shared)
         else:  # transformers' generate cannot shard
-            assert "set tp=tp1" in refusal(verb, f"tp={name}")
-    assert options("rollout") == ["hf_generate", "recorded"]
-    accepted(verb, "rollout=hf_generate")
-    accepted(verb, "rollout=recorded", "rollout.recorded_path=rollouts")
+            assert "rollout=hybrid_engine or tp=tp1" in refusal(verb, "rollout=hf_generate", *shared)
 
 
 def test_the_groups_above_are_all_there_are() -> None:

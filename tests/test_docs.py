@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from rlhf.cli.hydra_app import with_own_group
 from rlhf.cli.main import VERBS
 from rlhf.config import build, check
 
@@ -77,7 +78,7 @@ def test_a_command_composes_and_passes_the_rules(page: str, words: list[str]) ->
     assert verb in VERBS
     if "--cfg" in rest:
         del rest[rest.index("--cfg") : rest.index("--cfg") + 2]
-    for config in compose_all(verb, rest):
+    for config in compose_all(verb, with_own_group(verb, rest)):
         check(build(config))
 
 

@@ -37,18 +37,20 @@ def policy_loss(
     clip_range: float,
     log_ratio_clamp: float,
     dual_clip: float | None = None,
+    importance: Tensor | None = None,
 ) -> PolicyLoss:
     """Clipped surrogate objective, to be minimized: max(-A r, -A clip(r, 1 - c, 1 + c)) (Schulman et al. 2017, "PPO", eq. 7).
 
     Args:
         logprobs: (B, A) of the policy that learns; carries the gradient.
-        old_logprobs: (B, A) of the policy that sampled.
+        old_logprobs: (B, A) of the policy before its first update on these tokens.
         advantages: (B, A).
         action_mask: (B, A) bool.
         clip_range: c.
         log_ratio_clamp: bound on |log r| before the exponential, so that it stays finite.
         dual_clip: bounds the loss of a bad action by -A * dual_clip, however large r gets (Ye et al. 2020, "Mastering Complex Control in
             MOBA Games with Deep RL", eq. 5); above 1. None: off.
+        importance: (B, A) factor of each token's loss, without gradient; see `rlhf.algorithms.mismatch`. None: 1.
     """
     # Masked slots are replaced before the exponential: behind it, their inf would still reach the gradient as 0 * inf.
     log_ratio = torch.where(action_mask, logprobs.float() - old_logprobs.float(), 0)  # (B, A)
@@ -62,6 +64,8 @@ def policy_loss(
         ceiling = torch.where(advantages < 0, -advantages * dual_clip, torch.inf)
         clipped = clipped | (loss > ceiling)
         loss = torch.minimum(loss, ceiling)
+    if importance is not None:
+        loss = loss * torch.where(action_mask, importance.float(), 1)
     return PolicyLoss(loss, ratio.detach(), clipped)
 
 

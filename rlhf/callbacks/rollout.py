@@ -5,8 +5,9 @@ Knows when; which engine answers is `rollout.engine`, and what is learned from i
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,17 +15,29 @@ from torch import Tensor
 
 from rlhf.config import UserError
 from rlhf.engines.generation import HFGenerate, Recorded, RolloutEngine
+from rlhf.engines.hybrid import HybridEngine
 from rlhf.engines.strategy import RoleStrategy
 from rlhf.modules.base import RoleModule
 from rlhf.settings import RolloutConfig
 from rlhf.types import PromptBatch, Rollout
 
 
+@runtime_checkable
+class Measured(Protocol):
+    """An engine that says what its last rollout consisted of."""
+
+    timings: dict[str, float]
+    """Seconds by part: gather, swap, prefill, decode, free."""
+    facts: dict[str, float]
+    """Metrics by name, as they are logged."""
+
+
 class RolloutCallback(Callback):
     """Fills `batch.rollout` for the training step."""
 
-    def __init__(self, rollout: RolloutConfig, *, samples: int, end_id: int, pad_id: int) -> None:
+    def __init__(self, rollout: RolloutConfig, *, samples: int, end_id: int, pad_id: int, tp: int = 1) -> None:
         self.rollout = rollout
+        self.tp = tp
         self.samples = samples
         self.end_id = end_id
         self.pad_id = pad_id
@@ -35,6 +48,8 @@ class RolloutCallback(Callback):
         strategy: RoleStrategy = trainer.strategy  # type: ignore[assignment]
         if self.rollout.engine == "recorded":
             self.engine = Recorded(strategy, lambda: load_rollout(Path(str(self.rollout.recorded_path)), pl_module.iteration))
+        elif self.rollout.engine == "hybrid_engine":
+            self.engine = HybridEngine(strategy, self.rollout, end_id=self.end_id, pad_id=self.pad_id, tp=self.tp)
         else:
             self.engine = HFGenerate(strategy, self.rollout, end_id=self.end_id, pad_id=self.pad_id)
 
@@ -47,6 +62,12 @@ class RolloutCallback(Callback):
             if trainer.is_global_zero:
                 save_rollout(interleave(parts, self.pad_id), Path(self.rollout.save_to), pl_module.iteration)
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Adds what the engine says of its rollout to the step's metrics, which a training step replaces."""
+        assert isinstance(pl_module, RoleModule)
+        if isinstance(self.engine, Measured):
+            pl_module.metrics |= {f"time/rollout_{part}": seconds for part, seconds in self.engine.timings.items()} | self.engine.facts
+
 
 def interleave(parts: list[Rollout], pad_id: int) -> Rollout:
     """Rollouts of all ranks to one in global order (row g of the whole is row g // ranks of rank g % ranks), padded to one width."""
@@ -57,27 +78,34 @@ def interleave(parts: list[Rollout], pad_id: int) -> Rollout:
         pads = (prompt - part.prompt_length, answer - part.action_mask.shape[1])
         return torch.nn.functional.pad(x, pads, value=value)
 
+    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+
     def stack(tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors, dim=1).flatten(0, 1)
 
-    short = [torch.nn.functional.pad(p.action_mask, (0, answer - p.action_mask.shape[1])) for p in parts]
+    def last(x: Tensor) -> Tensor:  # (B, A) -> (B, answer)
+        return torch.nn.functional.pad(x, (0, answer - x.shape[1]))
+
     return Rollout(
         ids=stack([widen(p.ids, p, pad_id) for p in parts]),
         mask=stack([widen(p.mask, p, False) for p in parts]),
-        action_mask=stack(short),
+        action_mask=stack([last(p.action_mask) for p in parts]),
         ended=stack([p.ended for p in parts]),
+        logprobs=stack([last(x) for x in logprobs]) if len(logprobs) == len(parts) else None,
     )
 
 
 def save_rollout(rollout: Rollout, folder: Path, iteration: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{iteration:06d}.part"
-    torch.save({"ids": rollout.ids, "mask": rollout.mask, "action_mask": rollout.action_mask, "ended": rollout.ended}, part)
+    tensors = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
+    torch.save({name: tensor for name, tensor in tensors.items() if tensor is not None}, part)
     part.rename(folder / f"{iteration:06d}.pt")
 
 
 def load_rollout(folder: Path, iteration: int) -> Rollout:
-    """
+    """What `save_rollout` wrote; without log-probabilities where the engine returned none.
+
     Raises:
         UserError: the folder holds no rollout for this iteration.
     """

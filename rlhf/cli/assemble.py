@@ -159,8 +159,11 @@ class Job:
         return found[-1]
 
     def rollout_callback(self, samples: int) -> RolloutCallback:
-        tokenizer = self._tokenizer
-        return RolloutCallback(self.cfg.rollout, samples=samples, end_id=end_of_turn_id(tokenizer), pad_id=tokenizer.pad_token_id)
+        tokenizer, rollout = self._tokenizer, self.cfg.rollout
+        if rollout.max_out_tokens is None:
+            rollout = dataclasses.replace(rollout, max_out_tokens=self.cfg.data.max_prompt_tokens + rollout.max_new_tokens)
+        end, pad = end_of_turn_id(tokenizer), tokenizer.pad_token_id
+        return RolloutCallback(rollout, samples=samples, end_id=end, pad_id=pad, tp=self.cfg.tp.size)
 
     def fit(self, module: RoleModule, strategy: RoleStrategy, data: RLHFData, *, total: int, extra: list[L.Callback]) -> dict[str, Any]:
         """Trains for `total` iterations and returns the summary's metrics and seconds."""

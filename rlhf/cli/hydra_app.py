@@ -5,6 +5,7 @@ Knows Hydra; knows no training.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -33,6 +34,10 @@ def conf_dir() -> Path:
 
 def run(verb: str, overrides: list[str]) -> int:
     """Composes and runs a verb, once or as a sweep; returns the exit code, the worst one of a sweep."""
+    try:
+        overrides = with_own_group(verb, overrides)
+    except UserError as error:
+        return _refuse(str(error))
     sys.argv = [f"rlhf {verb}", *_with_directory(overrides)]
     # Hydra's own error report ends the process with code 1 and a hint about its internals; the errors come to us instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -44,6 +49,28 @@ def run(verb: str, overrides: list[str]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         return _refuse(explain(error, verb))
     return max(codes, default=0)
+
+
+def with_own_group(verb: str, words: list[str]) -> list[str]:
+    """A word right after a verb chooses in the verb's own group: `rlhf bench parity` is `rlhf bench bench=parity`, `a,b` sweeps.
+
+    The own group is the folder of conf/ with the verb's name. With one option or none there is nothing to choose, so that words are
+    left for Hydra to refuse.
+
+    Raises:
+        UserError: the group has no such option, or a second word follows.
+    """
+    options = sorted(file.stem for file in (conf_dir() / verb).glob("*.yaml"))
+    bare = list(itertools.takewhile(lambda word: word[:1].isalpha() and "=" not in word, words))
+    if len(options) < 2 or not bare:
+        return words
+    for option in bare[0].split(","):
+        if option not in options:
+            similar = nearest(option, options)
+            raise UserError(f"{option}: no such option of rlhf {verb}{similar}; there are {', '.join(options)}, and overrides as key=value")
+    if len(bare) > 1:
+        raise UserError(f"{bare[1]}: rlhf {verb} takes one option of its own, which is {bare[0]} already; overrides are key=value")
+    return [f"{verb}={bare[0]}", *words[1:]]
 
 
 def _with_directory(overrides: list[str]) -> list[str]:

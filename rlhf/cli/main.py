@@ -14,6 +14,7 @@ VERBS = {
     "reward": "step 2: the reward model, from pairs",
     "ppo": "step 3: PPO against the reward model",
     "evaluate": "two policies on the same held-out prompts, reward-model accuracy, perplexity",
+    "bench": "rollouts on this machine: `bench rollout` times them, `bench parity` compares them with transformers",
 }
 
 
@@ -21,7 +22,7 @@ def usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
     return (
-        "usage: rlhf <verb> [key=value ...] [-m for a sweep]\n\n"
+        "usage: rlhf <verb> [option of the verb's own group] [key=value ...] [-m for a sweep]\n\n"
         f"{verbs}\n\n"
         "rlhf <verb> --help lists the groups of a verb, rlhf <verb> --cfg job prints its configuration.\n"
         "Start with: rlhf pipeline\n"

@@ -27,11 +27,12 @@ def run_rank(config: Mapping[str, Any]) -> None:
     cfg = build(config)
     prepare_rank(cfg.trainer)
     from rlhf.cli.assemble import Job  # after prepare_rank: it imports deepspeed
+    from rlhf.cli.bench import bench
     from rlhf.cli.evaluate import evaluate
     from rlhf.cli.train import ppo, reward, sft
 
     quiet_libraries()
-    verbs = {"sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate}
+    verbs = {"sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate, "bench": bench}
     start = time.perf_counter()
     result = verbs[cfg.verb](Job(config, cfg))
     seconds = {"total": time.perf_counter() - start, **result["seconds"]}

@@ -40,7 +40,7 @@ class Arena:
         self.tensors: dict[str, Tensor] = {}
 
     def map(self) -> None:
-        """Gets the memory; what it holds is undefined. Does nothing if it is there."""
+        """Gets the memory, finite numbers in it on the CPU and anything on a GPU. Does nothing if it is there."""
         if not self.mapped:
             self._map()
             self.mapped = True
@@ -51,8 +51,14 @@ class Arena:
             self._unmap()
             self.mapped = False
 
+    def close(self) -> None:
+        """Gives the addresses back too."""
+        self.unmap()
+        self.tensors = {}
+
     def _map(self) -> None:
-        self.tensors = {name: torch.empty(shape, dtype=dtype, device=self.device) for name, (shape, dtype) in self.specs.items()}
+        # Zeros: plain attention weighs what lies behind a sequence with 0, and 0 times NaN is NaN.
+        self.tensors = {name: torch.zeros(shape, dtype=dtype, device=self.device) for name, (shape, dtype) in self.specs.items()}
 
     def _unmap(self) -> None:
         self.tensors = {}
@@ -110,6 +116,12 @@ class CudaArena(Arena):
         self._call(self.driver.cuMemUnmap(self.address, self.bytes))
         self._call(self.driver.cuMemRelease(self.handle))
         self.handle = None
+
+    def close(self) -> None:
+        super().close()
+        if self.address:
+            self._call(self.driver.cuMemAddressFree(self.address, self.bytes))
+            self.address = 0
 
 
 class _Bytes:

@@ -7,6 +7,7 @@ head dimension, V vocabulary, S slots.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,13 @@ from rlhf.inference.parallel import Parallel
 from rlhf.inference.reference import Positions, TorchOps, heads_of
 from rlhf.inference.shape import DecoderShape
 from rlhf.inference.slots import Slots
-from rlhf.inference.weights import DecoderWeights, Layer
+from rlhf.inference.weights import DecoderWeights, Layer, Linear
 
 Attend = Callable[[int, Layer, Tensor], Tensor]
 """Index of a layer, the layer, (N, (H + 2K) hd) -> (N, H hd)."""
+
+MANY_RUNS = 16
+"""Up to so many runs of neighbouring slots are copied one by one."""
 
 
 class Decoder:
@@ -34,15 +38,15 @@ class Decoder:
 
     # --- whole prompts ---
 
-    def prefill(self, ids: Tensor, lengths: Tensor, keys: Tensor, values: Tensor, slots: Tensor, prompts: Tensor) -> Tensor:
+    def prefill(self, ids: Tensor, lengths: Tensor, keys: Tensor, values: Tensor, slots: list[int], prompts: list[int]) -> Tensor:
         """Reads prompts and fills the cache of the slots that will answer them.
 
         Args:
             ids: (M, P) int64, padded on the right.
             lengths: (M,) int64.
             keys, values: (layers, S + 1, K, tokens, hd).
-            slots: (n,) int64, which slot gets
-            prompts: (n,) int64, the keys and values of which prompt: several answers share one prefill.
+            slots: n slots, which get
+            prompts: the keys and values of these n prompts: several answers share one prefill.
 
         Returns:
             (M, V) logits after each prompt's last token.
@@ -50,17 +54,18 @@ class Decoder:
         m, width = ids.shape
         at = torch.arange(width, device=ids.device).repeat(m)  # (M P,)
         bias = self._bias(width, ids.device)
+        write = CacheWriter(slots, prompts, ids.device)
 
         def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
             q, k, v = (x.view(m, width, *x.shape[1:]).transpose(1, 2) for x in heads_of(qkv, layer, self.positions, at, self.shape))
-            keys[index, slots, :, :width] = k[prompts]
-            values[index, slots, :, :width] = v[prompts]
+            write(k, keys[index])
+            write(v, values[index])
             mask = None if bias is None else bias.to(q.dtype)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.shape.group > 1)
             return out.transpose(1, 2).flatten(0, 1).flatten(1)  # (M P, H hd)
 
         last = torch.arange(m, device=ids.device) * width + lengths - 1  # (M,)
-        return self._forward(ids.flatten(), at, attend, last)
+        return self._forward(self._embed(ids.flatten(), at), attend, last)
 
     def _bias(self, width: int, device: torch.device) -> Tensor | None:
         """(1, H, P, P): ALiBi with the causal mask; None: the causal mask alone does."""
@@ -74,20 +79,33 @@ class Decoder:
 
     def step(self, keys: Tensor, values: Tensor, slots: Slots, rows: Tensor) -> Tensor:
         """The last token of each row goes into the cache. (layers, S + 1, K, tokens, hd) twice; rows (B,) -> (B, V) logits of the next."""
-        at = slots.lengths[rows]
 
         def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
             return self.ops.attend(qkv, keys[index], values[index], slots, rows, layer, self.positions, self.shape)
 
-        logits = self._forward(slots.tokens[rows], at, attend, None)
-        slots.lengths[rows] = at + (~slots.finished[rows]).long()
-        return logits
+        if self.shape.embed_width != self.shape.hidden:
+            return self._forward(self._embed(slots.tokens[rows], slots.lengths[rows]), attend, None)
+        tensors = self.weights.tensors
+        table, positions = tensors["0.embed.weight"], tensors.get("0.positions.weight")
+        return self._forward(self.ops.embed(table, positions, self.shape.position_offset, slots, rows), attend, None)
 
     # --- the network ---
 
-    def _forward(self, tokens: Tensor, at: Tensor, attend: Attend, last: Tensor | None) -> Tensor:
-        """(N,) tokens at positions (N,) -> (N, V), or (len(last), V) at the rows `last`."""
-        x = self._layers(self._embed(tokens, at), attend, last)
+    def _embed(self, tokens: Tensor, at: Tensor) -> Tensor:  # (N,), (N,) -> (N, D)
+        tensors = self.weights.tensors
+        x = F.embedding(tokens, tensors["0.embed.weight"])
+        project = self.weights.linear(0, "project_in")
+        if project is not None:
+            x = self.ops.linear(x, project)
+        table = tensors.get("0.positions.weight")
+        return x if table is None else x + F.embedding(at + self.shape.position_offset, table)
+
+    def _forward(self, x: Tensor, attend: Attend, last: Tensor | None) -> Tensor:
+        """(N, D) embedded tokens -> (N, V), or (len(last), V) at the rows `last`."""
+        norm = self.weights.norm(0, "embed_norm")
+        if norm is not None:
+            x = self.ops.norm(x, norm, self.shape)
+        x = self._layers(x, attend, last)
         project = self.weights.linear(0, "project_out")
         if project is not None:
             x = self.ops.linear(x, project)
@@ -95,21 +113,11 @@ class Decoder:
         assert head is not None
         return self.ops.linear(x, head)
 
-    def _embed(self, tokens: Tensor, at: Tensor) -> Tensor:  # (N,), (N,) -> (N, D)
-        tensors = self.weights.tensors
-        x = F.embedding(tokens, tensors["0.embed.weight"])
-        project, norm = self.weights.linear(0, "project_in"), self.weights.norm(0, "embed_norm")
-        if project is not None:
-            x = self.ops.linear(x, project)
-        if "0.positions.weight" in tensors:
-            x = x + F.embedding(at + self.shape.position_offset, tensors["0.positions.weight"])
-        return x if norm is None else self.ops.norm(x, norm, self.shape)
-
     def _layers(self, x: Tensor, attend: Attend, last: Tensor | None) -> Tensor:  # (N, D) -> (N or len(last), D)
         """All layers and the final norm. The sum of a layer's output and the next norm are one operation."""
         layers = [self.weights.layer(i) for i in range(self.shape.layers)]
         norms = [layer.norm1 for layer in layers[1:]] + [self.weights.norm(0, "final_norm")]
-        ops, shape = self.ops, self.shape
+        ops, shape, head = self.ops, self.shape, self.weights.linear(0, "head")
         if shape.post_norm:
             for i, layer in enumerate(layers):
                 _, x = ops.add_norm(x, self._attention(i, layer, x, attend), layer.norm1, shape)
@@ -126,16 +134,40 @@ class Decoder:
                 attention = attention + self._mlp(layer, h)
                 x, h = ops.add_norm(x, attention, norm, shape)
             else:
-                x, h = ops.add_norm(x, attention, layer.norm2, shape)
-                x, h = ops.add_norm(x, self._mlp(layer, h), norm, shape)
+                x, h = ops.add_norm(x, attention, layer.norm2, shape, ahead=layer.up)
+                x, h = ops.add_norm(x, self._mlp(layer, h), norm, shape, ahead=layers[i + 1].qkv if i + 1 < len(layers) else head)
         return h
 
-    def _attention(self, index: int, layer: Layer, h: Tensor, attend: Attend) -> Tensor:  # (N, D) -> (N, D)
-        return self.parallel.sum(self.ops.linear(attend(index, layer, self.ops.linear(h, layer.qkv)), layer.out))
+    def _attention(self, index: int, layer: Layer, h: Tensor, attend: Attend) -> Any:  # (N, D) -> (N, D)
+        return self._summed(attend(index, layer, self.ops.linear(h, layer.qkv)), layer.out)
 
-    def _mlp(self, layer: Layer, h: Tensor) -> Tensor:  # (N, D) -> (N, D)
+    def _mlp(self, layer: Layer, h: Tensor) -> Any:  # (N, D) -> (N, D)
         if self.shape.gated:
             h = self.ops.gate(self.ops.linear(h, layer.up), self.shape.activation)
         else:
-            h = self.ops.linear(h, layer.up, self.shape.activation)
-        return self.parallel.sum(self.ops.linear(h, layer.down))
+            h = self.ops.linear(h, layer.up, self.shape.activation, ahead=layer.down)
+        return self._summed(h, layer.down)
+
+    def _summed(self, x: Tensor, linear: Linear) -> Any:  # (N, in) -> (N, D), or what `ops.add_norm` takes instead
+        if self.parallel.size == 1 and not self.shape.parallel_residual:
+            return self.ops.project(x, linear)
+        return self.parallel.sum(self.ops.linear(x, linear))
+
+
+class CacheWriter:
+    """Puts the keys or values of prompts into slots."""
+
+    def __init__(self, slots: list[int], prompts: list[int], device: torch.device) -> None:
+        starts = [i for i in range(len(slots)) if i == 0 or slots[i] != slots[i - 1] + 1 or prompts[i] != prompts[i - 1] + 1]
+        ends = [*starts[1:], len(slots)]
+        self.runs = [(slots[a], prompts[a], b - a) for a, b in zip(starts, ends, strict=True)]
+        self.slots, self.prompts = (torch.tensor(x, device=device) for x in (slots, prompts))
+
+    def __call__(self, new: Tensor, cache: Tensor) -> None:
+        """(M, K, P, hd) into (S + 1, K, tokens, hd)."""
+        width = new.shape[2]
+        if len(self.runs) > MANY_RUNS:
+            cache[self.slots, :, :width] = new[self.prompts]
+            return
+        for slot, prompt, count in self.runs:  # plain copies, several times as fast as by index
+            cache[slot : slot + count, :, :width].copy_(new[prompt : prompt + count])

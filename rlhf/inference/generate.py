@@ -63,7 +63,7 @@ class Generator:
             prefill_tokens: of one prefill pass, padding included; a longer prompt goes alone.
         """
         self.decoder, self.sampling, self.device = decoder, sampling, device
-        self.slots, self.new_tokens, self.prefill_tokens = slots, new_tokens, prefill_tokens
+        self.slots, self.tokens, self.new_tokens, self.prefill_tokens = slots, tokens, new_tokens, prefill_tokens
         kv_heads = decoder.shape.kv_heads // decoder.parallel.size
         specs = cache_specs(
             slots=slots, tokens=tokens, layers=decoder.shape.layers, kv_heads=kv_heads, head_dim=decoder.shape.head_dim, dtype=dtype
@@ -191,7 +191,8 @@ class Generator:
                 row = queue.pop(0)
                 chosen.setdefault(row.prompt, len(chosen))
                 taken.append(row)
-            slots = [free.pop() for _ in taken]
+            free.sort()
+            slots = [free.pop(0) for _ in taken]  # neighbours, where there are some
             self._prefill([prompts[i] for i in chosen], [chosen[row.prompt] for row in taken], taken, slots)
             active |= dict(zip(slots, taken, strict=True))
             drawn |= dict.fromkeys(slots, 1)
@@ -203,9 +204,9 @@ class Generator:
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         at, which = torch.tensor(slots, device=device), torch.tensor(prompt_rows, device=device)
         keys, values = self.cache.tensors["keys"], self.cache.tensors["values"]
-        logits = self.decoder.prefill(ids, lengths, keys, values, at, which)  # (M', V)
+        logits = self.decoder.prefill(ids, lengths, keys, values, slots, prompt_rows)  # (M', V)
         self.prefilled += ids.numel()
-        state.lengths[at] = lengths[which]
+        state.lengths[at] = lengths[which] - 1  # drawing counts the token that the logits came from
         state.counts[at] = 0
         state.limits[at] = torch.tensor([row.limit for row in taken], device=device)
         state.sequences[at] = torch.tensor([self._numbers[row.sequence] for row in taken], device=device)

@@ -6,6 +6,7 @@ N tokens, B rows of a step, D hidden, H heads, K key/value heads, hd head dimens
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +29,20 @@ class Positions:
 
 
 class TorchOps:
-    """Stateless; the kernels' class overrides what it does better."""
+    """Stateless; the kernels' class overrides what it does better. `ahead` is the matrix that is read next, for those who can ask for it."""
 
-    def linear(self, x: Tensor, linear: Linear, activation: str | None = None) -> Tensor:  # (N, in) -> (N, out)
+    def embed(self, table: Tensor, positions: Tensor | None, offset: int, slots: Slots, rows: Tensor) -> Tensor:
+        """(V, D), (positions, D) or None -> (B, D): the last token of each row, at its position."""
+        x = F.embedding(slots.tokens[rows], table)
+        return x if positions is None else x + F.embedding(slots.lengths[rows] + offset, positions)
+
+    def linear(self, x: Tensor, linear: Linear, activation: str | None = None, ahead: Linear | None = None) -> Tensor:
+        """(N, in) -> (N, out)."""
         return activate(F.linear(x, linear.weight, linear.bias), activation)
+
+    def project(self, x: Tensor, linear: Linear) -> Any:
+        """(N, in) -> (N, D), or what this class's `add_norm` takes instead of it."""
+        return self.linear(x, linear)
 
     def gate(self, x: Tensor, activation: str) -> Tensor:
         """(N, 2F) -> (N, F): act(gate) * up, gate first."""
@@ -43,7 +54,7 @@ class TorchOps:
             return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, shape.norm_eps)
         return rms_norm(x, norm.weight, shape.norm_eps)
 
-    def add_norm(self, x: Tensor, delta: Tensor, norm: Norm, shape: DecoderShape) -> tuple[Tensor, Tensor]:
+    def add_norm(self, x: Tensor, delta: Any, norm: Norm, shape: DecoderShape, ahead: Linear | None = None) -> tuple[Tensor, Tensor]:
         """(N, D), (N, D) -> the sum and the norm of the sum, (N, D) each."""
         total = x + delta
         return total, self.norm(total, norm, shape)
@@ -77,7 +88,10 @@ class TorchOps:
         return out.flatten(1)
 
     def draw(self, logits: Tensor, slots: Slots, rows: Tensor, sampling: Sampling) -> None:
-        """(B, V): draws each row's next token and writes it, its log-probability and what follows from it into the slots."""
+        """(B, V): draws each row's next token and writes it, its log-probability and what follows from it into the slots.
+
+        The token that the logits came from is counted as read: it is in the cache now.
+        """
         counts = slots.counts[rows]
         candidates = logits
         if sampling.min_new_tokens > 0:
@@ -106,6 +120,7 @@ def record(tokens: Tensor, logprobs: Tensor, slots: Slots, rows: Tensor, samplin
         stopped |= tokens == stop
     slots.finished[rows] = ~running | stopped | (counts >= slots.limits[rows])
     slots.counts[rows] = counts
+    slots.lengths[rows] += running
     slots.tokens[rows] = torch.where(running, tokens, slots.tokens[rows])
 
 

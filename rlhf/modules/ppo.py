@@ -16,6 +16,8 @@ from rlhf.algorithms.kl import kl_controller, kl_estimate
 from rlhf.algorithms.logprobs import logprobs_and_entropy, token_logprobs
 from rlhf.algorithms.losses import end_scores, policy_loss, value_loss
 from rlhf.algorithms.masked import masked_sum, masked_sums, whiten
+from rlhf.algorithms.mismatch import importance_weights, mismatch
+from rlhf.config import UserError
 from rlhf.models.factory import Blueprint
 from rlhf.modules.base import RoleModule, as_scalars, step_metrics
 from rlhf.modules.minibatches import minibatch_rows
@@ -57,7 +59,12 @@ class PPO(RoleModule):
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
-        """Turns answers into experience: logprobs of actor and ref, values, scores, KL-shaped rewards and advantages, once."""
+        """Turns answers into experience: logprobs of actor and ref, values, scores, KL-shaped rewards and advantages, once.
+
+        Raises:
+            UserError: the sampler's logprobs are asked for, and the rollout has none.
+        """
+        self._require_logprobs(rollout)
         self.actor.eval()
         self.critic.eval()
         parts = [self._judge(micro) for micro in rollout.micro_batches(self.ppo.score_micro_batch_size or len(rollout))]
@@ -82,21 +89,51 @@ class PPO(RoleModule):
             "return": masked_sums(returns, mask),
             "error": masked_sums(returns - values, mask),
         }
-        seen = self._describe(sums, moments)
+        importance, apart, largest = self._compare_with_sampler(rollout, logprobs)
+        seen = self._describe(sums | apart, moments) | largest
         if self.ppo.whiten_advantages:
             advantages = whiten(advantages, mask, moments["advantage"])
         experience = Experience(
-            ids=rollout.ids, mask=rollout.mask, action_mask=mask, logprobs=logprobs, values=values, advantages=advantages, returns=returns
-        )
+            ids=rollout.ids, mask=rollout.mask, action_mask=mask, logprobs=logprobs, values=values, advantages=advantages, returns=returns,
+            importance=importance,
+        )  # fmt: skip
         self.kl.update(seen["rollout/kl"], self.ppo.batch_size * self.ppo.samples_per_prompt)
         return experience, seen
 
+    def _require_logprobs(self, rollout: Rollout) -> None:
+        key = "old_logprobs=rollout" if self.ppo.old_logprobs == "rollout" else "importance_cap"
+        if rollout.logprobs is None and (self.ppo.old_logprobs == "rollout" or self.ppo.importance_cap is not None):
+            raise UserError(
+                f"ppo.{key} needs the sampler's log-probabilities, but these answers came without: choose ppo.old_logprobs=actor and "
+                "ppo.importance_cap=null, or a model whose family the hybrid engine has a map of weights for"
+            )
+
+    def _compare_with_sampler(self, rollout: Rollout, logprobs: Tensor) -> tuple[Tensor | None, dict[str, Tensor], dict[str, float]]:
+        """The engine that sampled against the actor's forward pass, logprobs (B, A), where both were computed.
+
+        Returns:
+            Importance weights (B, A) where they are asked for, sums over this rank's tokens, metrics over all ranks.
+        """
+        if rollout.logprobs is None or self.ppo.old_logprobs == "rollout":
+            return None, {}, {}
+        mask, importance = rollout.action_mask, None
+        apart = mismatch(logprobs, rollout.logprobs, mask)
+        sums = {"mismatch_abs": apart.absolute, "mismatch_kl": apart.kl}
+        if self.ppo.importance_cap is not None:
+            importance = importance_weights(logprobs, rollout.logprobs, mask, cap=self.ppo.importance_cap)
+            sums["importance"] = masked_sum(importance, mask)
+        return importance, sums, {"rollout/mismatch_max": float(self.strategy.max_over_ranks(apart.largest))}
+
     def _judge(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logprobs of actor and ref (B, A), values (B, A) and the reward model's score of the finished answer (B,)."""
+        """Old logprobs and those of ref (B, A), values (B, A) and the reward model's score of the finished answer (B,)."""
         answers = rollout.ids[:, rollout.prompt_length :]  # (B, A)
         width = answers.shape[1] + 1  # row P - 1 of the logits predicts the first answer token
         mask = rollout.action_mask
-        logprobs = token_logprobs(self.actor(rollout.ids, rollout.mask, last=width)[:, :-1], answers, temperature=self.temperature)
+        if self.ppo.old_logprobs == "rollout":
+            assert rollout.logprobs is not None, "refused before"
+            logprobs = rollout.logprobs.float()
+        else:
+            logprobs = token_logprobs(self.actor(rollout.ids, rollout.mask, last=width)[:, :-1], answers, temperature=self.temperature)
         ref_logprobs = token_logprobs(self.ref(rollout.ids, rollout.mask, last=width)[:, :-1], answers, temperature=self.temperature)
         values = self.critic(rollout.ids, rollout.mask)[:, -width:-1]
         score = end_scores(self.reward(rollout.ids, rollout.mask), rollout.mask)
@@ -121,6 +158,7 @@ class PPO(RoleModule):
         total = as_scalars(dict(zip(sums, flat, strict=False)))
         rows, tokens = total["rows"], max(1.0, total["tokens"])
         advantage, returns, error = (_mean_and_variance(m.tolist()) for m in moments.values())
+        apart = {"mismatch_abs": "rollout/mismatch_abs", "mismatch_kl": "rollout/mismatch_kl", "importance": "actor/importance_weight"}
         return {
             "rollout/reward": total["score"] / rows,
             "rollout/shaped_reward": total["shaped"] / rows,
@@ -136,7 +174,7 @@ class PPO(RoleModule):
             "ppo/return_mean": returns[0],
             "ppo/return_std": returns[1] ** 0.5,
             "critic/explained_variance": 1 - error[1] / max(returns[1], 1e-12),
-        }
+        } | {name: total[key] / tokens for key, name in apart.items() if key in total}
 
     # --- learning ---
 
@@ -146,22 +184,26 @@ class PPO(RoleModule):
         self.critic.train()
         totals: dict[str, Tensor] = {}
         results: dict[str, Any] = {}
-        largest = torch.zeros((), device=self.device)
-        first_ratio: Tensor | None = None
+        largest = torch.zeros(2, device=self.device)
+        first: tuple[dict[str, Tensor], Tensor] | None = None
         for epoch in range(self.ppo.epochs):
             for rows in self._minibatches(len(experience), epoch):
-                sums, ratio = self._minibatch(experience.rows(rows.to(self.device)), results)
-                first_ratio = ratio if first_ratio is None else first_ratio
-                largest = torch.maximum(largest, ratio)
+                sums, peaks = self._minibatch(experience.rows(rows.to(self.device)), results)
+                first = first or (sums, peaks)
+                largest = torch.maximum(largest, peaks)
                 totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
-                if self.ppo.max_kl is not None and float(sums["approx_kl"] / sums["tokens"]) > self.ppo.max_kl:
+                if self.ppo.max_kl is not None and "approx_kl" in sums and float(sums["approx_kl"] / sums["tokens"]) > self.ppo.max_kl:
                     totals["stopped_early"] = torch.ones((), device=self.device)
                     break
             if "stopped_early" in totals:
                 break
-        assert first_ratio is not None
-        extremes = self.strategy.max_over_ranks(torch.stack([largest, first_ratio]))
-        return self._report(as_scalars(totals | {"ratio_max": extremes[0], "ratio_first": extremes[1]})) | step_metrics(results)
+        assert first is not None
+        sums, peaks = first
+        ratio_max, _, ratio_first, mismatch_max = self.strategy.max_over_ranks(torch.cat([largest, peaks])).unbind()
+        totals |= {"ratio_max": ratio_max, "ratio_first": ratio_first, "mismatch_max": mismatch_max}
+        # Only the first minibatch meets the weights that sampled.
+        totals |= {name: sums[name] / sums["tokens"].clamp(min=1) for name in ("mismatch_abs", "mismatch_kl") if name in sums}
+        return self._report(as_scalars(totals)) | step_metrics(results)
 
     def _minibatches(self, rows: int, epoch: int) -> list[Tensor]:
         world, rank = self.strategy.world_size, self.global_rank
@@ -169,18 +211,18 @@ class PPO(RoleModule):
         return minibatch_rows(rows * world, self.ppo.minibatch_size, rank=rank, world_size=world, seed=seed)
 
     def _minibatch(self, batch: Experience, results: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
-        """One optimizer step of actor and critic. Returns sums over all ranks, and the largest ratio seen on this rank."""
+        """One optimizer step of actor and critic. Returns sums over all ranks, and (2,) the largest ratio and mismatch of this rank."""
         tokens = self.strategy.sum_over_ranks(batch.action_mask.sum().double())
         actor_learns = self.iteration >= self.ppo.critic_warmup
         sums: dict[str, Tensor] = {}
-        largest = torch.zeros((), device=self.device)
+        largest = torch.zeros(2, device=self.device)
         for micro in batch.micro_batches(self.ppo.micro_batch_size or len(batch)):
             part: dict[str, Tensor] = {}
             if actor_learns:
-                loss, policy, ratio = self._policy_loss(micro)
+                loss, policy, peaks = self._policy_loss(micro)
                 self.strategy.backward("actor", loss / tokens)
                 part |= policy
-                largest = torch.maximum(largest, ratio)
+                largest = torch.maximum(largest, peaks)
             loss, value = self._value_loss(micro)
             self.strategy.backward("critic", self.ppo.value_loss_coef * loss / tokens)
             part |= value
@@ -190,13 +232,18 @@ class PPO(RoleModule):
         return dict(zip(sums, flat, strict=True)) | {"tokens": tokens, "steps": torch.ones_like(tokens)}, largest
 
     def _policy_loss(self, batch: Experience) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Summed over tokens: clipped surrogate minus the entropy bonus (Schulman et al. 2017, eq. 7 and 9)."""
+        """Summed over tokens: clipped surrogate minus the entropy bonus (Schulman et al. 2017, eq. 7 and 9).
+
+        Returns:
+            The loss, what else was summed, and (2,) the largest ratio and the largest mismatch with the sampler.
+        """
         mask, width = batch.action_mask, batch.action_mask.shape[1]
         logits = self.actor(batch.ids, batch.mask, last=width + 1)[:, :-1]  # (B, A, V)
         logprobs, entropy = logprobs_and_entropy(logits, batch.ids[:, -width:], temperature=self.temperature)
         policy = policy_loss(
-            logprobs, batch.logprobs, batch.advantages, mask, clip_range=self.ppo.clip_range, log_ratio_clamp=self.ppo.log_ratio_clamp
-        )
+            logprobs, batch.logprobs, batch.advantages, mask, clip_range=self.ppo.clip_range, log_ratio_clamp=self.ppo.log_ratio_clamp,
+            importance=batch.importance,
+        )  # fmt: skip
         loss, entropies = masked_sum(policy.loss, mask), masked_sum(entropy, mask)
         sums = {
             "policy_loss": loss,
@@ -204,7 +251,12 @@ class PPO(RoleModule):
             "clipped": masked_sum(policy.clipped.float(), mask),
             "approx_kl": masked_sum(batch.logprobs - logprobs.detach(), mask),
         }
-        return loss - self.ppo.entropy_coef * entropies, sums, policy.ratio.detach().where(mask, 0).max()
+        peaks = torch.stack([policy.ratio.where(mask, 0).max(), torch.zeros_like(loss.detach())])
+        if self.ppo.old_logprobs == "rollout":
+            apart = mismatch(logprobs, batch.logprobs, mask)
+            sums |= {"mismatch_abs": apart.absolute, "mismatch_kl": apart.kl}
+            peaks[1] = apart.largest
+        return loss - self.ppo.entropy_coef * entropies, sums, peaks
 
     def _value_loss(self, batch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
         mask, width = batch.action_mask, batch.action_mask.shape[1]
@@ -229,6 +281,8 @@ class PPO(RoleModule):
                 "actor/ratio_max": totals["ratio_max"],
                 "actor/ratio_first": totals["ratio_first"],
             }
+        if "mismatch_abs" in totals:
+            metrics |= {f"rollout/{name}": totals[name] for name in ("mismatch_abs", "mismatch_max", "mismatch_kl")}
         return metrics
 
     # --- resume ---

@@ -4,6 +4,7 @@ Knows no values (those live in conf/), no torch, no Hydra. Every class is the `_
 raises ValueError that begins with the field's name; `rlhf.config.build` puts the full key before it.
 """
 
+from rlhf.settings.bench import ParityBenchConfig, RolloutBenchConfig
 from rlhf.settings.data import ChatFormat, DataConfig
 from rlhf.settings.roles import FrozenConfig, LoraConfig, ModelConfig, OptimizerConfig, RoleConfig, SchedulerConfig, ZeroConfig
 from rlhf.settings.run import HardwareConfig, LauncherConfig, TrainerConfig
@@ -28,8 +29,10 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PPOConfig",
+    "ParityBenchConfig",
     "RewardTrainingConfig",
     "RoleConfig",
+    "RolloutBenchConfig",
     "RolloutConfig",
     "SFTConfig",
     "SchedulerConfig",

@@ -94,6 +94,12 @@ class PPOConfig:
     critic_warmup: int
     """Iterations in which only the critic learns."""
     critic_init: Literal["reward", "actor"]
+    old_logprobs: Literal["actor", "rollout"]
+    """Log-probabilities that the policy's ratio is taken against: the actor's, from a forward pass over the finished answers, or those
+    that the rollout engine computed while it sampled, which saves that pass. `rollout` needs rollout.engine=hybrid_engine."""
+    importance_cap: float | None
+    """Truncated importance sampling, for old_logprobs=actor: the policy loss of a token is multiplied by min(p_actor / p_rollout,
+    this cap), both before the first update. Needs rollout.engine=hybrid_engine. None: off."""
     actor_optimizer: OptimizerConfig
     actor_scheduler: SchedulerConfig
     critic_optimizer: OptimizerConfig
@@ -118,6 +124,15 @@ class PPOConfig:
         require(self.critic_init in ("reward", "actor"), f"critic_init must be reward or actor, got {self.critic_init}")
         for name in ("kl_target", "reward_clip", "value_clip_range", "max_kl"):
             require(getattr(self, name) is None or getattr(self, name) > 0, f"{name} must be positive or null, got {getattr(self, name)}")
+        require(self.old_logprobs in ("actor", "rollout"), f"old_logprobs must be actor or rollout, got {self.old_logprobs}")
+        require(
+            self.importance_cap is None or self.importance_cap >= 1, f"importance_cap must be at least 1 or null, got {self.importance_cap}"
+        )
+        require(
+            self.importance_cap is None or self.old_logprobs == "actor",
+            f"importance_cap={self.importance_cap} goes with old_logprobs=actor only: with old_logprobs=rollout the ratio already is against "
+            "the sampler",
+        )
         require(self.log_ratio_clamp > 0, f"log_ratio_clamp must be positive, got {self.log_ratio_clamp}")
         require(self.iterations is None or self.iterations >= 0, f"iterations must not be negative, got {self.iterations}")
         total = self.batch_size * self.samples_per_prompt
@@ -129,9 +144,11 @@ class PPOConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """How answers are sampled, and by what."""
+    """How answers are sampled, and by what. Keys marked hybrid_engine act with that engine only."""
 
-    engine: Literal["hf_generate", "recorded"]
+    engine: Literal["hybrid_engine", "hf_generate", "recorded"]
+    strict: bool
+    """True: a family that the hybrid engine has no map of weights for is an error. False: a warning, and transformers' generate."""
     temperature: float
     """0 is greedy."""
     top_k: int
@@ -140,22 +157,40 @@ class RolloutConfig:
     max_new_tokens: int
     min_new_tokens: int
     micro_batch_size: int | None
-    """Sequences generated at once on one rank. None: all of them."""
+    """Sequences generated at once on one rank; the hybrid engine keeps so many slots and refills those that are free. None: all of them."""
+    max_out_tokens: int | None
+    """hybrid_engine: prompt and answer tokens that the KV cache holds for one sequence. None: data.max_prompt_tokens + max_new_tokens."""
+    prefill_tokens: int
+    """hybrid_engine: prompt tokens of one prefill pass."""
+    cuda_graphs: bool
+    """hybrid_engine, on a GPU: decoding steps are captured once and replayed."""
+    release_inference_cache: bool
+    """hybrid_engine: the KV cache's memory is given back between rollouts."""
+    pin_parameters: bool
+    """hybrid_engine: the memory of the inference weights is kept between rollouts."""
+    tp_gather_partition_size: int
+    """hybrid_engine: layers that are gathered at once under ZeRO-3."""
     recorded_path: str | None
     """Folder of rollouts saved by `save_to`, for engine=recorded."""
     save_to: str | None
     """Saves every rollout here, so that a learner can be run again on the same answers."""
 
     def __post_init__(self) -> None:
-        require(self.engine in ("hf_generate", "recorded"), f"engine must be hf_generate or recorded, got {self.engine}")
+        engines = ("hybrid_engine", "hf_generate", "recorded")
+        require(self.engine in engines, f"engine must be hybrid_engine, hf_generate or recorded, got {self.engine}")
+        require(
+            not self.strict or self.engine == "hybrid_engine",
+            f"strict=true goes with engine=hybrid_engine only, got engine={self.engine}: choose rollout=hybrid_engine or strict=false",
+        )
         for name in ("temperature", "top_k", "min_new_tokens"):
             require_in(name, getattr(self, name), 0)
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
-        require_at_least_one(max_new_tokens=self.max_new_tokens)
-        require(self.min_new_tokens <= self.max_new_tokens, f"min_new_tokens must not pass max_new_tokens, got {self.min_new_tokens}")
-        require(
-            self.micro_batch_size is None or self.micro_batch_size >= 1, f"micro_batch_size must be at least 1, got {self.micro_batch_size}"
+        require_at_least_one(
+            max_new_tokens=self.max_new_tokens, prefill_tokens=self.prefill_tokens, tp_gather_partition_size=self.tp_gather_partition_size
         )
+        require(self.min_new_tokens <= self.max_new_tokens, f"min_new_tokens must not pass max_new_tokens, got {self.min_new_tokens}")
+        for name in ("micro_batch_size", "max_out_tokens"):
+            require(getattr(self, name) is None or getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         require(self.engine != "recorded" or self.recorded_path is not None, "recorded_path is needed for engine=recorded")
 
 

@@ -73,3 +73,7 @@ def pairwise_token_loss(chosen: list[float], rejected: list[float], chosen_ids: 
     first = next((t for t in range(end) if longer[0][t] != longer[1][t]), end - 1)
     losses = [pair_loss(chosen[t] - rejected[t]) for t in range(first, end)]
     return sum(losses) / len(losses)
+
+
+def importance_weight(logprob: float, sampler: float, cap: float) -> float:
+    return min(math.exp(logprob - sampler), cap)

@@ -25,6 +25,7 @@ PPO = (
     "ppo", "model@actor.model=tiny", "model@critic.model=tiny", "model@reward.model=tiny", *DATA, "ppo.batch_size=4", "ppo.minibatch_size=4",
     "ppo.micro_batch_size=4",
 )  # fmt: skip
+HYBRID = ("rollout=hybrid_engine",)
 EVALUATE = ("evaluate", "model@actor.model=tiny", "model@reward.model=tiny", *DATA)
 
 
@@ -93,6 +94,59 @@ RULES = {
     "minibatch does not divide": ((*PPO, "ppo.minibatch_size=3"), ("ppo.minibatch_size must divide batch_size x samples_per_prompt = 4",)),
     "micro-batch does not divide": ((*PPO, "ppo.micro_batch_size=3"), ("ppo.minibatch_size=4", "ppo.micro_batch_size x ranks = 3")),
     "answers longer than the reward model saw": ((*PPO, "rollout.max_new_tokens=9"), ("rollout.max_new_tokens=9", "data.max_answer_tokens=8")),
+    "tensor parallelism without the hybrid engine": (
+        (*PPO, "rollout=hf_generate", "tp=tp2", "trainer.devices=2", "ppo.micro_batch_size=2"),
+        ("tp.size=2 shards the actor during rollouts", "rollout.engine=hf_generate", "rollout=hybrid_engine or tp=tp1"),
+    ),
+    "tensor parallelism that does not divide the ranks": (
+        (*PPO, *HYBRID, "tp=tp2", "trainer.devices=1"), ("tp.size=2 does not divide the number of ranks", "trainer.num_nodes = 1"),
+    ),
+    "tensor parallelism across nodes": (
+        (*PPO, *HYBRID, "tp=tp2", "trainer.devices=1", "trainer.num_nodes=2", "ppo.micro_batch_size=2", "launcher=slurm"),
+        ("tp.size=2 does not divide trainer.devices=1", "must be of one node"),
+    ),
+    "tensor parallelism that does not divide the heads": (
+        (*PPO, *HYBRID, "tp.size=3", "trainer.devices=3", "ppo.batch_size=6", "ppo.minibatch_size=6", "ppo.micro_batch_size=2",
+         "actor.model.shape.num_key_value_heads=3"),
+        ("tp.size=3 does not divide actor.model.shape.num_attention_heads=4 (tiny)",),
+    ),
+    "tensor parallelism that does not divide the key/value heads": (
+        (*PPO, *HYBRID, "tp=tp2", "trainer.devices=2", "ppo.micro_batch_size=2", "actor.model.shape.num_key_value_heads=3"),
+        ("tp.size=2 does not divide actor.model.shape.num_key_value_heads=3 (tiny)",),
+    ),
+    "more ranks than key/value heads": (
+        (*PPO, *HYBRID, "tp=tp4", "trainer.devices=4", "ppo.micro_batch_size=1"),
+        ("tp.size=4 is more than actor.model.shape.num_key_value_heads=2 (tiny)", "no head"),
+    ),
+    "more ranks than heads": (
+        (*EVALUATE, *HYBRID, "tp=tp8", "trainer.devices=8"), ("tp.size=8 is more than actor.model.shape.num_attention_heads=4 (tiny)",),
+    ),
+    "KV cache too short": (
+        (*PPO, *HYBRID, "rollout.max_out_tokens=15"),
+        ("rollout.max_out_tokens=15 is 5 short of data.max_prompt_tokens + rollout.max_new_tokens = 20", "raise it"),
+    ),
+    "strict without the hybrid engine": (
+        (*PPO, "rollout=hf_generate", "rollout.strict=true"), ("rollout.strict=true", "engine=hybrid_engine only", "engine=hf_generate"),
+    ),
+    "logprobs of an engine that has none": (
+        (*PPO, "rollout=hf_generate", "ppo.old_logprobs=rollout"),
+        ("ppo.old_logprobs=rollout needs", "rollout.engine=hf_generate does not return", "choose rollout=hybrid_engine"),
+    ),
+    "importance weights without logprobs": (
+        (*PPO, "rollout=recorded", "rollout.recorded_path=x", "ppo.importance_cap=2"),
+        ("ppo.importance_cap=2 needs", "rollout.engine=recorded does not return"),
+    ),
+    "importance weights against the sampler itself": (
+        (*PPO, *HYBRID, "ppo.old_logprobs=rollout", "ppo.importance_cap=2"),
+        ("ppo.importance_cap=2 goes with old_logprobs=actor only", "already is against the sampler"),
+    ),
+    "importance cap below one": ((*PPO, *HYBRID, "ppo.importance_cap=0.5"), ("ppo.importance_cap must be at least 1 or null, got 0.5",)),
+    "no slots": ((*PPO, *HYBRID, "rollout.micro_batch_size=0"), ("rollout.micro_batch_size must be at least 1, got 0",)),
+    "no cache": ((*PPO, *HYBRID, "rollout.max_out_tokens=0"), ("rollout.max_out_tokens must be at least 1, got 0",)),
+    "no prefill": ((*PPO, *HYBRID, "rollout.prefill_tokens=0"), ("rollout.prefill_tokens must be at least 1, got 0",)),
+    "no layers at once": (
+        (*PPO, *HYBRID, "rollout.tp_gather_partition_size=0"), ("rollout.tp_gather_partition_size must be at least 1, got 0",),
+    ),
     "fp16 on the CPU": ((*SFT, "trainer.precision=fp16"), ("trainer.precision=fp16", "use fp32 or bf16")),
     "fp16 where there is only a CPU": ((*SFT, "trainer=auto", "trainer.precision=fp16"), ("trainer.precision=fp16", "use fp32 or bf16")),
     "several nodes without a launcher": (

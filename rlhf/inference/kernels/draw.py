@@ -44,7 +44,7 @@ def _block(pointer, c, V, stops, early, STOPS: tl.constexpr):
 
 @triton.jit
 def _draw(
-    logits, candidates, rows, seed, sequences, counts, limits, finished, tokens, answers, logprobs, stops,
+    logits, candidates, rows, seed, sequences, counts, limits, finished, tokens, lengths, answers, logprobs, stops,
     V, A, inverse_temperature, min_new, STOPS: tl.constexpr, GREEDY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -94,6 +94,7 @@ def _draw(
     tl.store(logprobs + slot * A + count, chosen - top - tl.log(total))
     tl.store(tokens + slot, token)
     tl.store(counts + slot, count + 1)
+    tl.store(lengths + slot, tl.load(lengths + slot) + 1)
     ended = count + 1 >= tl.load(limits + slot)
     for i in tl.static_range(STOPS):
         ended = ended | (token == tl.load(stops + i))
@@ -105,6 +106,6 @@ def draw(logits: Tensor, candidates: Tensor, slots: Slots, rows: Tensor, samplin
     b, v = logits.shape
     _draw[(b,)](
         logits, candidates, rows, slots.seed, slots.sequences, slots.counts, slots.limits, slots.finished.view(torch.int8), slots.tokens,
-        slots.answers, slots.logprobs, stops, v, slots.answers.shape[1], 1.0 / (sampling.temperature or 1.0), sampling.min_new_tokens,
-        STOPS=len(sampling.stop_ids), GREEDY=sampling.temperature == 0, BLOCK=min(4096, triton.next_power_of_2(v)), num_warps=8,
+        slots.lengths, slots.answers, slots.logprobs, stops, v, slots.answers.shape[1], 1.0 / (sampling.temperature or 1.0), sampling.min_new_tokens,
+        STOPS=len(sampling.stop_ids), GREEDY=sampling.temperature == 0, BLOCK=min(16384, triton.next_power_of_2(v)), num_warps=32,
     )  # fmt: skip
