@@ -167,11 +167,11 @@ class DecoderWeights:
         return [(name, None if whole else _rows(mlp)) for name in names.up]
 
     def _row_parallel(self, source: Source, key: str, name: str, inputs: int, columns: int) -> dict[str, Recipe]:
-        """A matrix whose inputs are split: every rank holds some columns, the first rank the bias."""
+        """A matrix whose inputs are split: every rank holds some columns, the first rank the bias, the others zeros."""
         cut = None if self.parallel.size == 1 else _columns(self.parallel.share(columns))
         recipes = {f"{key}.weight": Recipe(((f"{name}.weight", self._upright(cut, "weight")),), (self.shape.hidden, inputs), self.names.transposed)}
-        if source.has(f"{name}.bias") and self.parallel.rank == 0:
-            recipes[f"{key}.bias"] = Recipe(((f"{name}.bias", None),), (self.shape.hidden,))
+        if source.has(f"{name}.bias"):  # read by every rank: under ZeRO-3 all must gather the same parameters
+            recipes[f"{key}.bias"] = Recipe(((f"{name}.bias", None if self.parallel.rank == 0 else torch.zeros_like),), (self.shape.hidden,))
         return recipes
 
     # --- filling ---
