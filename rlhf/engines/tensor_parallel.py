@@ -46,9 +46,7 @@ class Share:
     """Of this rank's prompts."""
 
     @classmethod
-    def of(
-        cls, strategy: RoleStrategy, parallel: Parallel, prompts: PromptBatch, samples: int, limits: Tensor | None, most: int
-    ) -> Share:
+    def of(cls, strategy: RoleStrategy, parallel: Parallel, prompts: PromptBatch, samples: int, limits: Tensor | None, most: int) -> Share:
         """
         Args:
             limits: (samples * B,) int64, or None for `most` each.

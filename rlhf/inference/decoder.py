@@ -117,7 +117,7 @@ class Decoder:
         """All layers and the final norm. The sum of a layer's output and the next norm are one operation."""
         layers = [self.weights.layer(i) for i in range(self.shape.layers)]
         norms = [layer.norm1 for layer in layers[1:]] + [self.weights.norm(0, "final_norm")]
-        ops, shape, head = self.ops, self.shape, self.weights.linear(0, "head")
+        ops, shape = self.ops, self.shape
         if shape.post_norm:
             for i, layer in enumerate(layers):
                 _, x = ops.add_norm(x, self._attention(i, layer, x, attend), layer.norm1, shape)
@@ -134,8 +134,8 @@ class Decoder:
                 attention = attention + self._mlp(layer, h)
                 x, h = ops.add_norm(x, attention, norm, shape)
             else:
-                x, h = ops.add_norm(x, attention, layer.norm2, shape, ahead=layer.up)
-                x, h = ops.add_norm(x, self._mlp(layer, h), norm, shape, ahead=layers[i + 1].qkv if i + 1 < len(layers) else head)
+                x, h = ops.add_norm(x, attention, layer.norm2, shape)
+                x, h = ops.add_norm(x, self._mlp(layer, h), norm, shape)
         return h
 
     def _attention(self, index: int, layer: Layer, h: Tensor, attend: Attend) -> Any:  # (N, D) -> (N, D)
@@ -145,7 +145,7 @@ class Decoder:
         if self.shape.gated:
             h = self.ops.gate(self.ops.linear(h, layer.up), self.shape.activation)
         else:
-            h = self.ops.linear(h, layer.up, self.shape.activation, ahead=layer.down)
+            h = self.ops.linear(h, layer.up, self.shape.activation)
         return self._summed(h, layer.down)
 
     def _summed(self, x: Tensor, linear: Linear) -> Any:  # (N, in) -> (N, D), or what `ops.add_norm` takes instead

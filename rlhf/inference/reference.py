@@ -29,14 +29,14 @@ class Positions:
 
 
 class TorchOps:
-    """Stateless; the kernels' class overrides what it does better. `ahead` is the matrix that is read next, for those who can ask for it."""
+    """Stateless; the kernels' class overrides what it does better."""
 
     def embed(self, table: Tensor, positions: Tensor | None, offset: int, slots: Slots, rows: Tensor) -> Tensor:
         """(V, D), (positions, D) or None -> (B, D): the last token of each row, at its position."""
         x = F.embedding(slots.tokens[rows], table)
         return x if positions is None else x + F.embedding(slots.lengths[rows] + offset, positions)
 
-    def linear(self, x: Tensor, linear: Linear, activation: str | None = None, ahead: Linear | None = None) -> Tensor:
+    def linear(self, x: Tensor, linear: Linear, activation: str | None = None) -> Tensor:
         """(N, in) -> (N, out)."""
         return activate(F.linear(x, linear.weight, linear.bias), activation)
 
@@ -54,7 +54,7 @@ class TorchOps:
             return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, shape.norm_eps)
         return rms_norm(x, norm.weight, shape.norm_eps)
 
-    def add_norm(self, x: Tensor, delta: Any, norm: Norm, shape: DecoderShape, ahead: Linear | None = None) -> tuple[Tensor, Tensor]:
+    def add_norm(self, x: Tensor, delta: Any, norm: Norm, shape: DecoderShape) -> tuple[Tensor, Tensor]:
         """(N, D), (N, D) -> the sum and the norm of the sum, (N, D) each."""
         total = x + delta
         return total, self.norm(total, norm, shape)
@@ -101,9 +101,7 @@ class TorchOps:
             candidates = logits.masked_fill(early & stops, -torch.inf)
         if sampling.filters:
             candidates = filtered(candidates, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-        tokens, logprobs = choose(
-            logits, candidates, uniforms(slots.seed, slots.sequences[rows], counts), temperature=sampling.temperature
-        )
+        tokens, logprobs = choose(logits, candidates, uniforms(slots.seed, slots.sequences[rows], counts), temperature=sampling.temperature)
         record(tokens, logprobs, slots, rows, sampling)
 
 

@@ -106,7 +106,10 @@ class DecoderWeights:
         if names.positions is not None:
             rows = shape.max_positions + shape.position_offset
             recipes["positions.weight"] = Recipe(((f"{names.positions}.weight", None),), (rows, shape.hidden))
-        for key, name, size in (("project_in", names.project_in, (shape.hidden, width)), ("project_out", names.project_out, (width, shape.hidden))):
+        for key, name, size in (
+            ("project_in", names.project_in, (shape.hidden, width)),
+            ("project_out", names.project_out, (width, shape.hidden)),
+        ):
             if name is not None and source.has(f"{name}.weight"):
                 recipes[f"{key}.weight"] = Recipe(((f"{name}.weight", None),), size)
         recipes |= self._vector(source, "embed_norm", names.embed_norm, shape.hidden)
@@ -130,7 +133,10 @@ class DecoderWeights:
                 if source.has(f"{prefix}{cuts[0][0]}.{kind}"):
                     pieces = tuple((f"{prefix}{name}.{kind}", self._upright(cut, kind)) for name, cut in cuts)
                     recipes[f"{key}.{kind}"] = Recipe(pieces, (rows, *width), self.names.transposed and kind == "weight")
-        for key, name, inputs, columns in (("out", names.out, q, shape.heads * shape.head_dim), ("down", names.down, f, shape.intermediate)):
+        for key, name, inputs, columns in (
+            ("out", names.out, q, shape.heads * shape.head_dim),
+            ("down", names.down, f, shape.intermediate),
+        ):
             recipes |= self._row_parallel(source, key, f"{prefix}{name}", inputs, columns)
         for key, vector, size in (
             ("norm1", names.norm1, shape.hidden), ("norm2", names.norm2, shape.hidden),
@@ -169,9 +175,13 @@ class DecoderWeights:
     def _row_parallel(self, source: Source, key: str, name: str, inputs: int, columns: int) -> dict[str, Recipe]:
         """A matrix whose inputs are split: every rank holds some columns, the first rank the bias, the others zeros."""
         cut = None if self.parallel.size == 1 else _columns(self.parallel.share(columns))
-        recipes = {f"{key}.weight": Recipe(((f"{name}.weight", self._upright(cut, "weight")),), (self.shape.hidden, inputs), self.names.transposed)}
+        recipes = {
+            f"{key}.weight": Recipe(((f"{name}.weight", self._upright(cut, "weight")),), (self.shape.hidden, inputs), self.names.transposed)
+        }
         if source.has(f"{name}.bias"):  # read by every rank: under ZeRO-3 all must gather the same parameters
-            recipes[f"{key}.bias"] = Recipe(((f"{name}.bias", None if self.parallel.rank == 0 else torch.zeros_like),), (self.shape.hidden,))
+            recipes[f"{key}.bias"] = Recipe(
+                ((f"{name}.bias", None if self.parallel.rank == 0 else torch.zeros_like),), (self.shape.hidden,)
+            )
         return recipes
 
     # --- filling ---

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf.inference.kernels.ahead import Ahead, ask
 from rlhf.inference.reference import Positions
 from rlhf.inference.shape import DecoderShape
 from rlhf.inference.slots import Slots
@@ -44,10 +43,9 @@ def _turned(pointer, d, inside, norm, at, cos, sin, partner, eps, HD: tl.constex
 @triton.jit
 def _one_head(
     qkv, keys, values, out, rows, lengths, finished, cos, sin, partner, slopes, q_norm, k_norm,
-    width, slot_stride, head_stride, scale, eps, next_w, segments, next_pieces, next_row, next_piece, next_size,
+    width, slot_stride, head_stride, scale, eps,
     KV: tl.constexpr, HD: tl.constexpr, HD_PAD: tl.constexpr, BLOCK: tl.constexpr,
     ROTARY: tl.constexpr, ALIBI: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
-    AHEAD: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """A key/value head with a single query head: sums instead of matrix products."""
     row, h = tl.program_id(0), tl.program_id(1)
@@ -60,11 +58,11 @@ def _one_head(
     dtype = keys.dtype.element_ty
     d = tl.arange(0, HD_PAD)
     inside = d < HD
+    cache = slot * slot_stride + h * head_stride
     base = qkv + row * width
     q = _turned(base + h * HD, d, inside, q_norm, at, cos, sin, partner, eps, HD, ROTARY, NORM)
     k = _turned(base + (KV + h) * HD, d, inside, k_norm, at, cos, sin, partner, eps, HD, ROTARY, NORM)
     v = tl.load(base + (2 * KV + h) * HD + d, mask=inside, other=0.0)
-    cache = slot * slot_stride + h * head_stride
     tl.store(keys + cache + at * HD + d, k.to(dtype), mask=inside)
     tl.store(values + cache + at * HD + d, v, mask=inside)
     slope = 0.0
@@ -90,8 +88,6 @@ def _one_head(
         total = total * fade + tl.sum(p)
         acc = acc * fade + tl.sum(vb * p[:, None], axis=0)
         top = new_top
-    if AHEAD:
-        ask(next_w, segments, next_pieces, next_row, next_piece, next_size, row * KV + h, WARPS * 32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tl.store(out + row * (KV * HD) + h * HD + d, (acc / total).to(dtype), mask=inside)
@@ -100,10 +96,9 @@ def _one_head(
 @triton.jit
 def _head_group(
     qkv, keys, values, out, rows, lengths, finished, cos, sin, partner, slopes, q_norm, k_norm,
-    width, slot_stride, head_stride, scale, eps, next_w, segments, next_pieces, next_row, next_piece, next_size,
+    width, slot_stride, head_stride, scale, eps,
     KV: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HD: tl.constexpr, HD_PAD: tl.constexpr, BLOCK: tl.constexpr,
     ROTARY: tl.constexpr, ALIBI: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
-    AHEAD: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """A key/value head that several query heads share: they read the cache together, by matrix products."""
     row, h = tl.program_id(0), tl.program_id(1)
@@ -149,8 +144,6 @@ def _head_group(
         total = total * fade + tl.sum(p, axis=1)
         acc = acc * fade[:, None] + tl.dot(p.to(dtype), vb, input_precision="ieee")
         top = new_top
-    if AHEAD:
-        ask(next_w, segments, next_pieces, next_row, next_piece, next_size, row * KV + h, WARPS * 32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     heads = out + row * (KV * GROUP * HD) + (h * GROUP + g)[:, None] * HD + d[None, :]
@@ -159,7 +152,7 @@ def _head_group(
 
 def attend(
     qkv: Tensor, keys: Tensor, values: Tensor, slots: Slots, rows: Tensor, layer: Layer, positions: Positions, shape: DecoderShape,
-    *, pdl: bool, ahead: Ahead,
+    *, pdl: bool,
 ) -> Tensor:  # fmt: skip
     """As `TorchOps.attend`; rows that have finished get no value."""
     kv, hd = keys.shape[1], shape.head_dim
@@ -167,19 +160,19 @@ def attend(
     hd_pad = triton.next_power_of_2(hd)
     arguments = (
         qkv, keys, values, out, rows, slots.lengths, slots.finished.view(torch.int8), positions.cos, positions.sin, positions.partner,
-        positions.slopes, layer.q_norm, layer.k_norm, qkv.shape[1], keys.stride(0), keys.stride(1), hd**-0.5, shape.norm_eps, *ahead.arguments,
+        positions.slopes, layer.q_norm, layer.k_norm, qkv.shape[1], keys.stride(0), keys.stride(1), hd**-0.5, shape.norm_eps, 
     )  # fmt: skip
     options: dict[str, Any] = {
         "KV": kv, "HD": hd, "HD_PAD": hd_pad, "ROTARY": positions.cos is not None, "ALIBI": positions.slopes is not None,
-        "NORM": layer.q_norm is not None, "PDL": pdl, "AHEAD": ahead.size > 0,
+        "NORM": layer.q_norm is not None, "PDL": pdl, 
     }  # fmt: skip
     if pdl:
         options["launch_pdl"] = True
     if shape.group == 1:
         warps = 1 if hd_pad > 64 else 2
-        _one_head[(len(rows), kv)](*arguments, **options, BLOCK=32, WARPS=warps, num_warps=warps)
+        _one_head[(len(rows), kv)](*arguments, **options, BLOCK=32, num_warps=warps)
     else:
         warps = 2 if hd_pad <= 64 else 4
         group_pad = max(16, triton.next_power_of_2(shape.group))
-        _head_group[(len(rows), kv)](*arguments, **options, GROUP=shape.group, GROUP_PAD=group_pad, BLOCK=64, WARPS=warps, num_warps=warps)
+        _head_group[(len(rows), kv)](*arguments, **options, GROUP=shape.group, GROUP_PAD=group_pad, BLOCK=64, num_warps=warps)
     return out

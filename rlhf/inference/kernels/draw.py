@@ -1,7 +1,7 @@
 """Sampling and its bookkeeping, one program a row. Twin: `TorchOps.draw`.
 
-Two passes over a row of logits: the first finds the largest and the sum of exponentials, the second the token at which the running sum
-passes the row's uniform number.
+Two passes over a row of logits find the largest and the sums of exponentials of each block; the block in which the running sum passes the
+row's uniform number is then looked at once more for the token.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _block(pointer, c, V, stops, early, STOPS: tl.constexpr):
 @triton.jit
 def _draw(
     logits, candidates, rows, seed, sequences, counts, limits, finished, tokens, lengths, answers, logprobs, stops,
-    V, A, inverse_temperature, min_new, STOPS: tl.constexpr, GREEDY: tl.constexpr, BLOCK: tl.constexpr,
+    V, A, inverse_temperature, min_new, STOPS: tl.constexpr, SAME: tl.constexpr, GREEDY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(rows + row)
@@ -55,40 +55,47 @@ def _draw(
     early = count < min_new
     logits += row * V
     candidates += row * V
-    top, total = float("-inf"), 0.0  # of all logits
-    best, mass = float("-inf"), 0.0  # of the candidates
-    token = tl.full((), 0, dtype=tl.int64)
+    columns = tl.arange(0, BLOCK)
+    # The largest of all logits and of the candidates. Each thread keeps its own until the end: a reduction a block would cost more.
+    tops = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    bests = tops
     for start in range(0, V, BLOCK):
-        c = start + tl.arange(0, BLOCK)
+        c = start + columns
+        tops = tl.maximum(tops, tl.load(logits + c, mask=c < V, other=float("-inf")).to(tl.float32))
+        if not SAME:
+            bests = tl.maximum(bests, _block(candidates, c, V, stops, early, STOPS))
+    top = tl.max(tops) * inverse_temperature
+    best = top if SAME else tl.max(bests) * inverse_temperature
+    # Sums of exponentials: of all logits, and of the candidates block by block; or the first of the best.
+    totals = tl.zeros((BLOCK,), dtype=tl.float32)
+    masses = tl.zeros((BLOCKS,), dtype=tl.float32)
+    firsts = tl.full((BLOCK,), V, dtype=tl.int32)
+    index = tl.arange(0, BLOCKS)
+    for start in range(0, V, BLOCK):
+        c = start + columns
         x = tl.load(logits + c, mask=c < V, other=float("-inf")).to(tl.float32) * inverse_temperature
-        new_top = tl.maximum(top, tl.max(x))
-        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top))
-        top = new_top
-        y = _block(candidates, c, V, stops, early, STOPS) * inverse_temperature
-        high = tl.max(y)
+        totals += tl.exp(x - top)
+        y = x if SAME else _block(candidates, c, V, stops, early, STOPS) * inverse_temperature
         if GREEDY:
-            first = tl.min(tl.where(y == high, c, V))
-            token = tl.where(high > best, first.to(tl.int64), token)
-            best = tl.maximum(best, high)
+            firsts = tl.where((y == best) & (c < V), tl.minimum(firsts, c), firsts)
         else:
-            new_best = tl.maximum(best, high)
-            scale = tl.where(best == float("-inf"), 0.0, tl.exp(best - new_best))
-            mass = mass * scale + tl.sum(tl.where(y == float("-inf"), 0.0, tl.exp(y - new_best)))
-            best = new_best
-    if not GREEDY:
+            masses += tl.where(index == start // BLOCK, tl.sum(tl.exp(y - best)), 0.0)
+    if GREEDY:
+        token = tl.min(firsts).to(tl.int64)
+    else:
+        mass = tl.sum(masses)
         target = _uniform(tl.load(seed), tl.load(sequences + slot), count) * mass
-        token = tl.full((), -1, dtype=tl.int64)
-        last = tl.full((), 0, dtype=tl.int64)  # rounding may carry the target past the sum: then the last one with any mass
-        before = 0.0
-        for start in range(0, V, BLOCK):
-            c = start + tl.arange(0, BLOCK)
-            y = _block(candidates, c, V, stops, early, STOPS) * inverse_temperature
-            p = tl.where(y == float("-inf"), 0.0, tl.exp(y - best))
-            hit = tl.min(tl.where((before + tl.cumsum(p) > target) & (p > 0), c, V))
-            token = tl.where((token < 0) & (hit < V), hit.to(tl.int64), token)
-            last = tl.maximum(last, tl.max(tl.where(p > 0, c, 0)).to(tl.int64))
-            before += tl.sum(p)
-        token = tl.where(token < 0, last, token)
+        until = tl.cumsum(masses)
+        # The block in which the running sum passes the target; should rounding carry the target past the sum, the last one with any mass.
+        passed = tl.min(tl.where((until > target) & (masses > 0), index, BLOCKS))
+        block = tl.where(passed < BLOCKS, passed, tl.max(tl.where(masses > 0, index, 0)))
+        skipped = tl.sum(tl.where(index < block, masses, 0.0))
+        c = block * BLOCK + columns
+        y = tl.load(logits + c, mask=c < V, other=float("-inf")).to(tl.float32) if SAME else _block(candidates, c, V, stops, early, STOPS)
+        p = tl.exp(y * inverse_temperature - best)
+        hit = tl.min(tl.where((skipped + tl.cumsum(p) > target) & (p > 0), c, V))
+        token = tl.where(hit < V, hit, tl.max(tl.where(p > 0, c, 0))).to(tl.int64)
+    total = tl.sum(totals)
     chosen = tl.load(logits + token).to(tl.float32) * inverse_temperature
     tl.store(answers + slot * A + count, token)
     tl.store(logprobs + slot * A + count, chosen - top - tl.log(total))
@@ -104,8 +111,10 @@ def _draw(
 def draw(logits: Tensor, candidates: Tensor, slots: Slots, rows: Tensor, sampling: Sampling, stops: Tensor) -> None:
     """As `TorchOps.draw`, with (B, V) candidates already filtered; stops: (number of stop ids,) int64 on the device."""
     b, v = logits.shape
+    block = min(8192, triton.next_power_of_2(v))
     _draw[(b,)](
         logits, candidates, rows, slots.seed, slots.sequences, slots.counts, slots.limits, slots.finished.view(torch.int8), slots.tokens,
-        slots.lengths, slots.answers, slots.logprobs, stops, v, slots.answers.shape[1], 1.0 / (sampling.temperature or 1.0), sampling.min_new_tokens,
-        STOPS=len(sampling.stop_ids), GREEDY=sampling.temperature == 0, BLOCK=min(16384, triton.next_power_of_2(v)), num_warps=32,
+        slots.lengths, slots.answers, slots.logprobs, stops, v, slots.answers.shape[1], 1.0 / (sampling.temperature or 1.0),
+        sampling.min_new_tokens, STOPS=len(sampling.stop_ids), SAME=candidates is logits and sampling.min_new_tokens == 0,
+        GREEDY=sampling.temperature == 0, BLOCK=block, BLOCKS=max(2, triton.next_power_of_2(-(-v // block))), num_warps=16,
     )  # fmt: skip

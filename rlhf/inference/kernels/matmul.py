@@ -13,10 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf.inference.kernels.ahead import Ahead, ask
 from rlhf.inference.weights import Linear
-
-NOTHING = Ahead()
 
 BN, BK, STAGES, WARPS = 64, 128, 4, 4
 """Tile of the matrix and depth of the pipeline; measured on an H100 (experiments/hybrid_engine)."""
@@ -37,8 +34,8 @@ class Partial:
 
 @triton.jit
 def _product(
-    x, w, bias, out, M, N, K, w_row, w_column, next_w, segments, next_pieces, next_row, next_piece, next_size, PIECE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SPLIT: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
+    x, w, bias, out, M, N, K, w_row, w_column, PIECE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     piece = tl.program_id(1)
@@ -46,8 +43,6 @@ def _product(
     columns = tl.arange(0, BK)
     begin = piece * PIECE
     if PDL:
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for start in tl.range(0, PIECE, BK, num_stages=STAGES):
@@ -56,11 +51,8 @@ def _product(
         a = tl.load(x + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & inside[None, :], other=0.0)
         b = tl.load(w + n[:, None].to(tl.int64) * w_row + k[None, :] * w_column, mask=(n < N)[:, None] & inside[None, :], other=0.0)
         acc = tl.dot(a, tl.trans(b), acc)
-    if AHEAD:
-        ask(next_w, segments, next_pieces, next_row, next_piece, next_size, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), 128)
     if PDL:
-        if not EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
     live = (m < M)[:, None] & (n < N)[None, :]
     if SPLIT:
         tl.store(out + piece * M * N + m[:, None] * N + n[None, :], acc, mask=live)
@@ -80,7 +72,7 @@ def pieces(n: int, k: int) -> int:
     return split
 
 
-def product(x: Tensor, linear: Linear, *, relu: bool, split: bool, pdl: bool, early: bool = False, ahead: Ahead = NOTHING) -> Tensor | Partial:
+def product(x: Tensor, linear: Linear, *, relu: bool, split: bool, pdl: bool) -> Tensor | Partial:
     """(M, K) times (N, K) transposed: (M, N) with bias and ReLU, or partial sums where `split` and it pays."""
     (m, k), w = x.shape, linear.weight
     n = w.shape[0]
@@ -88,8 +80,8 @@ def product(x: Tensor, linear: Linear, *, relu: bool, split: bool, pdl: bool, ea
     piece = -(-k // (count * BK)) * BK
     out = torch.empty((count, m, n), dtype=torch.float32, device=x.device) if count > 1 else x.new_empty(m, n)
     _product[(-(-n // BN), count)](
-        x.contiguous(), w, linear.bias, out, m, n, k, w.stride(0), w.stride(1), *ahead.arguments, PIECE=piece, BM=max(16, triton.next_power_of_2(m)), BN=BN, BK=BK,
-        SPLIT=count > 1, BIAS=linear.bias is not None, RELU=relu, STAGES=STAGES, PDL=pdl, EARLY=early, AHEAD=ahead.size > 0,
+        x.contiguous(), w, linear.bias, out, m, n, k, w.stride(0), w.stride(1), PIECE=piece, BM=max(16, triton.next_power_of_2(m)), BN=BN, BK=BK,
+        SPLIT=count > 1, BIAS=linear.bias is not None, RELU=relu, STAGES=STAGES, PDL=pdl,
         num_warps=WARPS, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return Partial(out, linear.bias) if count > 1 else out

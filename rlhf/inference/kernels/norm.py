@@ -7,28 +7,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf.inference.kernels.ahead import Ahead, ask
-from rlhf.inference.kernels.matmul import NOTHING, Partial
+from rlhf.inference.kernels.matmul import Partial
 from rlhf.inference.shape import DecoderShape
 from rlhf.inference.weights import Norm
 
 
 @triton.jit
 def _add_norm(
-    x, delta, delta_bias, weight, bias, total, normed, eps, piece, next_w, segments, next_pieces, next_row, next_piece, next_size, D: tl.constexpr, D_PAD: tl.constexpr, PIECES: tl.constexpr,
-    DELTA_BIAS: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
-    AHEAD: tl.constexpr, WARPS: tl.constexpr,
+    x, delta, delta_bias, weight, bias, total, normed, eps, piece, D: tl.constexpr, D_PAD: tl.constexpr, PIECES: tl.constexpr,
+    DELTA_BIAS: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A row a program. PIECES: 0 no delta, 1 a delta in x's type, more: partial sums of one, `piece` elements apart."""
     row = tl.program_id(0).to(tl.int64)
     dtype = x.dtype.element_ty
     d = tl.arange(0, D_PAD)
     inside = d < D
-    if AHEAD:
-        ask(next_w, segments, next_pieces, next_row, next_piece, next_size, tl.program_id(0), WARPS * 32)
     if PDL:
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     f = tl.load(x + row * D + d, mask=inside, other=0.0).to(tl.float32)
     if PIECES > 0:
@@ -50,14 +44,12 @@ def _add_norm(
         if BIAS:
             y += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
     if PDL:
-        if not EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
     tl.store(normed + row * D + d, y.to(dtype), mask=inside)
 
 
 def add_norm(
-    x: Tensor, delta: Tensor | Partial | None, norm: Norm, shape: DecoderShape, *, pdl: bool, early: bool = False,
-    ahead: Ahead = NOTHING,
+    x: Tensor, delta: Tensor | Partial | None, norm: Norm, shape: DecoderShape, *, pdl: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(N, D), (N, D) or its pieces -> the sum and its norm, (N, D) each; without `delta`, x itself and its norm."""
     n, d = x.shape
@@ -70,8 +62,8 @@ def add_norm(
     warps = 4 if pad <= 2048 else 8
     _add_norm[(n,)](
         x, None if change is None else change.contiguous(), delta.bias if isinstance(delta, Partial) else None, norm.weight, norm.bias, total,
-        normed, shape.norm_eps, n * d, *ahead.arguments, D=d, D_PAD=pad, PIECES=0 if change is None else len(change) if partial else 1,
+        normed, shape.norm_eps, n * d, D=d, D_PAD=pad, PIECES=0 if change is None else len(change) if partial else 1,
         DELTA_BIAS=isinstance(delta, Partial) and delta.bias is not None, RMS=shape.norm == "rms", BIAS=norm.bias is not None, PDL=pdl,
-        EARLY=early, AHEAD=ahead.size > 0, WARPS=warps, num_warps=warps, **({"launch_pdl": True} if pdl else {}),
+        num_warps=warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return total, normed

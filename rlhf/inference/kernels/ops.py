@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from rlhf.inference.kernels import attention, draw, matmul, norm, pointwise
-from rlhf.inference.kernels.ahead import Ahead
 from rlhf.inference.kernels.matmul import Partial
 from rlhf.inference.reference import Positions, TorchOps
 from rlhf.inference.sampling import Sampling, filtered
@@ -20,31 +19,21 @@ SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
 class TritonOps(TorchOps):
-    def __init__(self, *, pdl: bool | None = None, early: bool = False, asks: bool = True, few_rows: int = FEW_ROWS) -> None:
+    def __init__(self, *, pdl: bool | None = None, few_rows: int = FEW_ROWS) -> None:
         """
         Args:
             pdl: programmatic dependent launch: a kernel is set up while the one before it ends. None: where the card has it.
         """
         self.pdl = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0) if pdl is None else pdl
-        self.early = early
-        self.asks = asks
         self.few_rows = few_rows
         self._stops: dict[tuple[int, ...], Tensor] = {}
 
     def embed(self, table: Tensor, positions: Tensor | None, offset: int, slots: Slots, rows: Tensor) -> Tensor:
         return pointwise.embed(table, positions, offset, slots, rows)
 
-    def _ahead(self, x: Tensor, ahead: Linear | None, *, split: bool) -> Ahead:
-        """For a step; a prefill is bound by arithmetic."""
-        if not self.asks or ahead is None or len(x) > 4 * FEW_ROWS:
-            return matmul.NOTHING
-        return Ahead.of(ahead.weight, matmul.pieces(*ahead.weight.shape) if split and self._few(x) else 1)
-
-    def linear(self, x: Tensor, linear: Linear, activation: str | None = None, ahead: Linear | None = None) -> Tensor:
+    def linear(self, x: Tensor, linear: Linear, activation: str | None = None) -> Tensor:
         if self._few(x) and activation in (None, "relu") and len(linear.weight) <= 32768:  # not the head: cuBLAS is better there
-            out = matmul.product(
-                x, linear, relu=activation == "relu", split=False, pdl=self.pdl, early=self.early, ahead=self._ahead(x, ahead, split=True)
-            )
+            out = matmul.product(x, linear, relu=activation == "relu", split=False, pdl=self.pdl)
             assert isinstance(out, Tensor)
             return out
         if activation == "relu" and linear.bias is not None:
@@ -53,7 +42,7 @@ class TritonOps(TorchOps):
 
     def project(self, x: Tensor, linear: Linear) -> Tensor | Partial:
         if self._few(x):
-            return matmul.product(x, linear, relu=False, split=True, pdl=self.pdl, early=self.early)
+            return matmul.product(x, linear, relu=False, split=True, pdl=self.pdl)
         return super().linear(x, linear)
 
     def _few(self, x: Tensor) -> bool:
@@ -65,15 +54,13 @@ class TritonOps(TorchOps):
     def norm(self, x: Tensor, norm_: Norm, shape: DecoderShape) -> Tensor:
         return norm.add_norm(x, None, norm_, shape, pdl=self.pdl)[1]
 
-    def add_norm(
-        self, x: Tensor, delta: Tensor | Partial, norm_: Norm, shape: DecoderShape, ahead: Linear | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return norm.add_norm(x, delta, norm_, shape, pdl=self.pdl, early=self.early, ahead=self._ahead(x, ahead, split=False))
+    def add_norm(self, x: Tensor, delta: Tensor | Partial, norm_: Norm, shape: DecoderShape) -> tuple[Tensor, Tensor]:
+        return norm.add_norm(x, delta, norm_, shape, pdl=self.pdl)
 
     def attend(
         self, qkv: Tensor, keys: Tensor, values: Tensor, slots: Slots, rows: Tensor, layer: Layer, positions: Positions, shape: DecoderShape
     ) -> Tensor:
-        return attention.attend(qkv, keys, values, slots, rows, layer, positions, shape, pdl=self.pdl, ahead=self._ahead(qkv, layer.out, split=True))
+        return attention.attend(qkv, keys, values, slots, rows, layer, positions, shape, pdl=self.pdl)
 
     def draw(self, logits: Tensor, slots: Slots, rows: Tensor, sampling: Sampling) -> None:
         candidates = logits
