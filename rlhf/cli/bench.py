@@ -44,6 +44,12 @@ class Measured(RoleModule):
         self.measure = measure
         self.result: Any = None
 
+    def configure_model(self) -> None:
+        """Unsharded weights are made where they are used: nobody compares a benchmark's random weights, and a GPU draws them at once."""
+        if self.strategy.specs["actor"].stage != 3:
+            self.sharded = lambda role: self.strategy.root_device
+        super().configure_model()
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
         self.result = self.measure(self.strategy)
 

@@ -134,7 +134,7 @@ class HybridEngine:
                 if self.rollout.release_inference_cache:
                     generator.cache.unmap()
                 if not self.rollout.pin_parameters:
-                    weights.arena.unmap()
+                    weights.release()
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

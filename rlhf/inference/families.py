@@ -88,6 +88,12 @@ def _refuse(config: Any, **unwanted: Any) -> None:
             raise UnsupportedFamily(f"{config.model_type!r} with {name}={value!r} computes something else than the decoder")
 
 
+def _refuse_changing_rope(config: Any) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
+        raise UnsupportedFamily(f"rotary positions of type {rope['rope_type']!r} change with the length of the text")
+
+
 def _shape(config: Any, **values: Any) -> DecoderShape:
     plain = {
         "family": config.model_type, "vocab": config.vocab_size, "window": 0, "position_offset": 0, "post_norm": False,
@@ -116,6 +122,7 @@ def _gpt2(config: Any) -> DecoderShape:
 
 
 def _gpt_neox(config: Any) -> DecoderShape:
+    _refuse_changing_rope(config)
     return _shape(
         config, layers=config.num_hidden_layers, hidden=config.hidden_size, heads=config.num_attention_heads,
         kv_heads=config.num_attention_heads, head_dim=config.hidden_size // config.num_attention_heads,
@@ -135,9 +142,7 @@ def _bloom(config: Any) -> DecoderShape:
 
 def _llama(config: Any) -> DecoderShape:
     """LLaMA and what came of it: Mistral, Qwen2, Qwen3, Phi-3, SmolLM2."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
-        raise UnsupportedFamily(f"rotary positions of type {rope['rope_type']!r} change with the length of the text")
+    _refuse_changing_rope(config)
     heads = config.num_attention_heads
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]  # families without the list slide in every layer
     slides = getattr(config, "use_sliding_window", True) and "sliding_attention" in kinds

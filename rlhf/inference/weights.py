@@ -84,6 +84,8 @@ class DecoderWeights:
         copied: Specs = {key: (recipe.shape, dtype) for key, recipe in self._recipes() if key not in self.shared}
         self.arena: Arena = make_arena(copied, device)
         self.tensors: dict[str, Tensor] = {}
+        self.addresses: dict[str, int] = {}
+        """Of the shared parameters at the last filling."""
         self.moved = False
         """A shared parameter has another address than at the last filling, so that captured graphs read the wrong place."""
 
@@ -198,8 +200,8 @@ class DecoderWeights:
             if full in self.shared:
                 tensor = source.read(recipe.pieces[0][0])
                 tensor = tensor.t() if recipe.transposed else tensor
-                known = self.tensors.get(full)
-                self.moved |= known is not None and known.data_ptr() != tensor.data_ptr()
+                self.moved |= self.addresses.get(full, tensor.data_ptr()) != tensor.data_ptr()
+                self.addresses[full] = tensor.data_ptr()
                 self.tensors[full] = tensor
             else:
                 self.tensors[full] = self._copy(recipe, self.arena.tensors[full], source)
@@ -214,10 +216,10 @@ class DecoderWeights:
         assert at == len(target), f"{recipe.pieces[0][0]}: {at} rows, expected {len(target)}"
         return target
 
-    def release(self, *, memory: bool) -> None:
-        """Ends a rollout; `memory`: gives the copies' memory back, so that the next rollout fills every part again."""
-        if memory:
-            self.arena.unmap()
+    def release(self) -> None:
+        """Gives the copies' memory back, so that the next rollout fills every part again."""
+        self.tensors = {}
+        self.arena.unmap()
 
     # --- as the decoder reads them ---
 
