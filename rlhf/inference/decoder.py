@@ -14,16 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.inference.parallel import Parallel
-from rlhf.inference.reference import Positions, TorchOps, heads_of
+from rlhf.inference.reference import Positions, TorchOps
 from rlhf.inference.shape import DecoderShape
 from rlhf.inference.slots import Slots
 from rlhf.inference.weights import DecoderWeights, Layer, Linear
 
 Attend = Callable[[int, Layer, Tensor], Tensor]
 """Index of a layer, the layer, (N, (H + 2K) hd) -> (N, H hd)."""
-
-MANY_RUNS = 16
-"""Up to so many runs of neighbouring slots are copied one by one."""
 
 
 class Decoder:
@@ -38,15 +35,15 @@ class Decoder:
 
     # --- whole prompts ---
 
-    def prefill(self, ids: Tensor, lengths: Tensor, keys: Tensor, values: Tensor, slots: list[int], prompts: list[int]) -> Tensor:
+    def prefill(self, ids: Tensor, lengths: Tensor, keys: Tensor, values: Tensor, slots: Tensor, prompts: Tensor) -> Tensor:
         """Reads prompts and fills the cache of the slots that will answer them.
 
         Args:
             ids: (M, P) int64, padded on the right.
             lengths: (M,) int64.
             keys, values: (layers, S + 1, K, tokens, hd).
-            slots: n slots, which get
-            prompts: the keys and values of these n prompts: several answers share one prefill.
+            slots: (n,) int64, slots that get
+            prompts: (n,) int64, the keys and values of these prompts: several answers share one prefill.
 
         Returns:
             (M, V) logits after each prompt's last token.
@@ -54,12 +51,10 @@ class Decoder:
         m, width = ids.shape
         at = torch.arange(width, device=ids.device).repeat(m)  # (M P,)
         bias = self._bias(width, ids.device)
-        write = CacheWriter(slots, prompts, ids.device)
 
         def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
-            q, k, v = (x.view(m, width, *x.shape[1:]).transpose(1, 2) for x in heads_of(qkv, layer, self.positions, at, self.shape))
-            write(k, keys[index])
-            write(v, values[index])
+            q, k, v = self.ops.heads(qkv, layer, self.positions, width, self.shape)
+            self.ops.keep(k, v, keys[index], values[index], slots, prompts)
             mask = None if bias is None else bias.to(q.dtype)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.shape.group > 1)
             return out.transpose(1, 2).flatten(0, 1).flatten(1)  # (M P, H hd)
@@ -152,22 +147,3 @@ class Decoder:
         if self.parallel.size == 1 and not self.shape.parallel_residual:
             return self.ops.project(x, linear)
         return self.parallel.sum(self.ops.linear(x, linear))
-
-
-class CacheWriter:
-    """Puts the keys or values of prompts into slots."""
-
-    def __init__(self, slots: list[int], prompts: list[int], device: torch.device) -> None:
-        starts = [i for i in range(len(slots)) if i == 0 or slots[i] != slots[i - 1] + 1 or prompts[i] != prompts[i - 1] + 1]
-        ends = [*starts[1:], len(slots)]
-        self.runs = [(slots[a], prompts[a], b - a) for a, b in zip(starts, ends, strict=True)]
-        self.slots, self.prompts = (torch.tensor(x, device=device) for x in (slots, prompts))
-
-    def __call__(self, new: Tensor, cache: Tensor) -> None:
-        """(M, K, P, hd) into (S + 1, K, tokens, hd)."""
-        width = new.shape[2]
-        if len(self.runs) > MANY_RUNS:
-            cache[self.slots, :, :width] = new[self.prompts]
-            return
-        for slot, prompt, count in self.runs:  # plain copies, several times as fast as by index
-            cache[slot : slot + count, :, :width].copy_(new[prompt : prompt + count])

@@ -97,7 +97,6 @@ class Generator:
         queue = [Waiting(s * m + i, i, limits[s * m + i]) for i in order for s in range(samples)]
         self._numbers = sequences
         self._reset(seed)
-        self.steps.prepare()
         out = Answers(
             tokens=torch.full((m * samples, self.new_tokens), self.sampling.pad_id, device=self.device),
             logprobs=torch.zeros(m * samples, self.new_tokens, device=self.device),
@@ -114,6 +113,7 @@ class Generator:
         self.state.finished.fill_(True)
         self.state.lengths.zero_()
         self.state.rows.fill_(self.slots)
+        self._placed: list[int] = []
         self.prefilled = self.decoded = 0
         self.timer.reset()
 
@@ -145,10 +145,16 @@ class Generator:
     def _place(self, slots: list[int]) -> int:
         """Makes these slots the first rows of a step, the others idle; returns the size of the step."""
         width = self.steps.width(len(slots))
+        if self.steps.missing(width):
+            self.state.rows.fill_(self.slots)  # capturing runs a step, which must touch no sequence
+            self.steps.capture(width)
+        elif slots == self._placed:
+            return width
         rows = torch.tensor(slots + [self.slots] * (width - len(slots)))
         if self.device.type == "cuda":
             rows = rows.pin_memory()
         self.state.rows[:width].copy_(rows, non_blocking=True)
+        self._placed = slots
         return width
 
     def _glance(self, active: dict[int, Waiting]) -> Glance:
@@ -191,8 +197,7 @@ class Generator:
                 row = queue.pop(0)
                 chosen.setdefault(row.prompt, len(chosen))
                 taken.append(row)
-            free.sort()
-            slots = [free.pop(0) for _ in taken]  # neighbours, where there are some
+            slots = [free.pop(0) for _ in taken]
             self._prefill([prompts[i] for i in chosen], [chosen[row.prompt] for row in taken], taken, slots)
             active |= dict(zip(slots, taken, strict=True))
             drawn |= dict.fromkeys(slots, 1)
@@ -204,7 +209,7 @@ class Generator:
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         at, which = torch.tensor(slots, device=device), torch.tensor(prompt_rows, device=device)
         keys, values = self.cache.tensors["keys"], self.cache.tensors["values"]
-        logits = self.decoder.prefill(ids, lengths, keys, values, slots, prompt_rows)  # (M', V)
+        logits = self.decoder.prefill(ids, lengths, keys, values, at, which)  # (M', V)
         self.prefilled += ids.numel()
         state.lengths[at] = lengths[which] - 1  # drawing counts the token that the logits came from
         state.counts[at] = 0

@@ -35,28 +35,29 @@ class Steps:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.captures = graphs
         self.capture_seconds = 0.0
+        self.pool = torch.cuda.graph_pool_handle() if graphs else None
 
     def width(self, rows: int) -> int:
         """The batch size that `rows` run at."""
         return min(size for size in self.sizes if size >= rows) if self.captures else rows
 
-    def prepare(self) -> None:
-        """Captures what is not captured yet. All rows must be idle."""
-        if not self.captures or self.graphs:
-            return
+    def missing(self, size: int) -> bool:
+        """Whether this size must be captured before it can run."""
+        return self.captures and size not in self.graphs
+
+    def capture(self, size: int) -> None:
+        """All rows must be idle: the step runs once to compile kernels and get workspaces."""
         began = time.perf_counter()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.step(self.sizes[0])  # compiles kernels, lets cuBLAS get its workspace
+            self.step(size)
         torch.cuda.current_stream().wait_stream(stream)
-        pool = torch.cuda.graph_pool_handle()
-        for size in self.sizes:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self.step(size)
-            self.graphs[size] = graph
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self.step(size)
         torch.cuda.synchronize()
+        self.graphs[size] = graph
         self.capture_seconds += time.perf_counter() - began
 
     def drop(self) -> None:

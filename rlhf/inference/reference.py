@@ -59,6 +59,17 @@ class TorchOps:
         total = x + delta
         return total, self.norm(total, norm, shape)
 
+    def heads(self, qkv: Tensor, layer: Layer, positions: Positions, width: int, shape: DecoderShape) -> tuple[Tensor, Tensor, Tensor]:
+        """(M P, (H + 2K) hd) of M prompts of P = `width` tokens -> queries (M, H, P, hd), keys and values (M, K, P, hd)."""
+        at = torch.arange(width, device=qkv.device).repeat(len(qkv) // width)  # (M P,)
+        q, k, v = (x.unflatten(0, (-1, width)).transpose(1, 2) for x in heads_of(qkv, layer, positions, at, shape))
+        return q, k, v
+
+    def keep(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, prompts: Tensor) -> None:
+        """Puts prompts' keys and values (M, K, P, hd) into the cache (S + 1, K, tokens, hd): slots[i] gets those of prompts[i]."""
+        keys[slots, :, : k.shape[2]] = k[prompts]
+        values[slots, :, : v.shape[2]] = v[prompts]
+
     def attend(
         self, qkv: Tensor, keys: Tensor, values: Tensor, slots: Slots, rows: Tensor, layer: Layer, positions: Positions, shape: DecoderShape
     ) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rlhf.inference.weights import Linear
 
-BN, BK, STAGES, WARPS = 64, 128, 4, 4
-"""Tile of the matrix and depth of the pipeline; measured on an H100 (experiments/hybrid_engine)."""
+BM, BN, BK, STAGES, WARPS = 64, 64, 128, 4, 4
+"""Rows of x, tile of the matrix and depth of the pipeline; measured on an H100 (experiments/hybrid_engine). Fewer rows take as long."""
 PROGRAMS = 132
 """Programs that fill the card; an H100 has so many multiprocessors."""
 
@@ -32,7 +32,7 @@ class Partial:
         return Partial(self.sums[:, rows], self.bias)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _product(
     x, w, bias, out, M, N, K, w_row, w_column, PIECE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -80,7 +80,7 @@ def product(x: Tensor, linear: Linear, *, relu: bool, split: bool, pdl: bool) ->
     piece = -(-k // (count * BK)) * BK
     out = torch.empty((count, m, n), dtype=torch.float32, device=x.device) if count > 1 else x.new_empty(m, n)
     _product[(-(-n // BN), count)](
-        x.contiguous(), w, linear.bias, out, m, n, k, w.stride(0), w.stride(1), PIECE=piece, BM=max(16, triton.next_power_of_2(m)), BN=BN, BK=BK,
+        x.contiguous(), w, linear.bias, out, m, n, k, w.stride(0), w.stride(1), PIECE=piece, BM=BM, BN=BN, BK=BK,
         SPLIT=count > 1, BIAS=linear.bias is not None, RELU=relu, STAGES=STAGES, PDL=pdl,
         num_warps=WARPS, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

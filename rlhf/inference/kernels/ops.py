@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.inference.kernels import attention, draw, matmul, norm, pointwise
+from rlhf.inference.kernels import attention, draw, matmul, norm, pointwise, prefill
 from rlhf.inference.kernels.matmul import Partial
 from rlhf.inference.reference import Positions, TorchOps
 from rlhf.inference.sampling import Sampling, filtered
@@ -13,19 +13,18 @@ from rlhf.inference.shape import DecoderShape
 from rlhf.inference.slots import Slots
 from rlhf.inference.weights import Layer, Linear, Norm
 
-FEW_ROWS = 64
+FEW_ROWS = matmul.BM
 """Up to so many rows our product beats cuBLAS's."""
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
 class TritonOps(TorchOps):
-    def __init__(self, *, pdl: bool | None = None, few_rows: int = FEW_ROWS) -> None:
+    def __init__(self, *, pdl: bool | None = None) -> None:
         """
         Args:
             pdl: programmatic dependent launch: a kernel is set up while the one before it ends. None: where the card has it.
         """
         self.pdl = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0) if pdl is None else pdl
-        self.few_rows = few_rows
         self._stops: dict[tuple[int, ...], Tensor] = {}
 
     def embed(self, table: Tensor, positions: Tensor | None, offset: int, slots: Slots, rows: Tensor) -> Tensor:
@@ -46,7 +45,7 @@ class TritonOps(TorchOps):
         return super().linear(x, linear)
 
     def _few(self, x: Tensor) -> bool:
-        return len(x) <= self.few_rows and x.dtype in SIXTEEN_BIT
+        return len(x) <= FEW_ROWS and x.dtype in SIXTEEN_BIT
 
     def gate(self, x: Tensor, activation: str) -> Tensor:
         return pointwise.gate(x, pdl=self.pdl) if activation == "silu" else super().gate(x, activation)
@@ -56,6 +55,14 @@ class TritonOps(TorchOps):
 
     def add_norm(self, x: Tensor, delta: Tensor | Partial, norm_: Norm, shape: DecoderShape) -> tuple[Tensor, Tensor]:
         return norm.add_norm(x, delta, norm_, shape, pdl=self.pdl)
+
+    def heads(self, qkv: Tensor, layer: Layer, positions: Positions, width: int, shape: DecoderShape) -> tuple[Tensor, Tensor, Tensor]:
+        if positions.cos is None:
+            return super().heads(qkv, layer, positions, width, shape)  # views, nothing to compute
+        return prefill.heads(qkv, layer, positions, width, shape)
+
+    def keep(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, prompts: Tensor) -> None:
+        prefill.keep(k, v, keys, values, slots, prompts)
 
     def attend(
         self, qkv: Tensor, keys: Tensor, values: Tensor, slots: Slots, rows: Tensor, layer: Layer, positions: Positions, shape: DecoderShape
