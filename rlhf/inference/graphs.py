@@ -63,6 +63,7 @@ class Steps:
     def drop(self) -> None:
         """Forgets the graphs: addresses have changed."""
         self.graphs.clear()
+        self.pool = torch.cuda.graph_pool_handle() if self.captures else None  # a pool that no graph holds takes no new ones
 
     def run(self, size: int) -> None:
         if self.captures:

@@ -221,6 +221,11 @@ class DecoderWeights:
         self.tensors = {}
         self.arena.unmap()
 
+    def close(self) -> None:
+        """Gives the copies' addresses back too."""
+        self.release()
+        self.arena.close()
+
     # --- as the decoder reads them ---
 
     def linear(self, part: int, key: str) -> Linear | None:

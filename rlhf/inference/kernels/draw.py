@@ -43,6 +43,20 @@ def _block(pointer, c, V, stops, early, STOPS: tl.constexpr):
 
 
 @triton.jit
+def _record(token, logprob, slot, count, A, counts, limits, finished, tokens, lengths, answers, logprobs, stops, STOPS: tl.constexpr):
+    """As `reference.record`, for a row that runs."""
+    tl.store(answers + slot * A + count, token)
+    tl.store(logprobs + slot * A + count, logprob)
+    tl.store(tokens + slot, token)
+    tl.store(counts + slot, count + 1)
+    tl.store(lengths + slot, tl.load(lengths + slot) + 1)
+    ended = count + 1 >= tl.load(limits + slot)
+    for i in tl.static_range(STOPS):
+        ended = ended | (token == tl.load(stops + i))
+    tl.store(finished + slot, ended.to(tl.int8))
+
+
+@triton.jit
 def _draw(
     logits, candidates, rows, seed, sequences, counts, limits, finished, tokens, lengths, answers, logprobs, stops,
     V, A, inverse_temperature, min_new, STOPS: tl.constexpr, SAME: tl.constexpr, GREEDY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -97,15 +111,8 @@ def _draw(
         token = tl.where(hit < V, hit, tl.max(tl.where(p > 0, c, 0))).to(tl.int64)
     total = tl.sum(totals)
     chosen = tl.load(logits + token).to(tl.float32) * inverse_temperature
-    tl.store(answers + slot * A + count, token)
-    tl.store(logprobs + slot * A + count, chosen - top - tl.log(total))
-    tl.store(tokens + slot, token)
-    tl.store(counts + slot, count + 1)
-    tl.store(lengths + slot, tl.load(lengths + slot) + 1)
-    ended = count + 1 >= tl.load(limits + slot)
-    for i in tl.static_range(STOPS):
-        ended = ended | (token == tl.load(stops + i))
-    tl.store(finished + slot, ended.to(tl.int8))
+    logprob = chosen - top - tl.log(total)
+    _record(token, logprob, slot, count, A, counts, limits, finished, tokens, lengths, answers, logprobs, stops, STOPS)
 
 
 def draw(logits: Tensor, candidates: Tensor, slots: Slots, rows: Tensor, sampling: Sampling, stops: Tensor) -> None:
