@@ -74,7 +74,8 @@ class Checkpointer:
         for role in self._trained():
             exclude = strategy.specs[role].reloadable
             strategy.engines[role].save_checkpoint(str(part), tag=role, save_latest=False, exclude_frozen_parameters=exclude)
-        torch.save({"random": random_state()}, part / f"rank-{rank}.pt")
+        kept = {name: holder.state_dict() for name, holder in strategy.kept.items()}
+        torch.save({"random": random_state(), "kept": kept}, part / f"rank-{rank}.pt")
         if rank == 0:
             torch.save(module_state, part / "module.pt")
         strategy.barrier()
@@ -98,7 +99,12 @@ class Checkpointer:
             if path is None:
                 raise UserError(f"checkpoint {folder} holds no {role}: it belongs to another kind of run")
         # Our own file, listed in the manifest: random states are no tensors alone, so it is a full pickle.
-        set_random_state(torch.load(folder / f"rank-{strategy.global_rank}.pt", weights_only=False)["random"])
+        own = torch.load(folder / f"rank-{strategy.global_rank}.pt", weights_only=False)
+        set_random_state(own["random"])
+        for name, holder in strategy.kept.items():
+            if name not in own["kept"]:
+                raise UserError(f"checkpoint {folder} holds no {name}: the run was started without it")
+            holder.load_state_dict(own["kept"][name])
         log.info("resumed from %s", folder)
         return torch.load(folder / "module.pt", weights_only=False)
 

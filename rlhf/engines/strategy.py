@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -39,6 +39,12 @@ class StepResult:
     """fp16: an overflow, so that nothing was learned."""
 
 
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class RoleStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy with an engine per role instead of one for the whole module, on CUDA and on the CPU.
 
@@ -52,6 +58,8 @@ class RoleStrategy(DeepSpeedStrategy):
         super().__init__(cluster_environment=TorchElasticEnvironment(), precision_plugin=Precision(), timeout=timeout, logging_level=40)
         self.specs = specs
         self.engines: dict[str, Any] = {}
+        self.kept: dict[str, Stateful] = {}
+        """What else a checkpoint holds of each rank, by name."""
         self._align_overflow = align_overflow
         if threads is not None:
             torch.set_num_threads(threads)
@@ -110,6 +118,7 @@ class RoleStrategy(DeepSpeedStrategy):
         for engine in self.engines.values():
             engine.destroy()
         self.engines.clear()
+        self.kept.clear()
         assert self.accelerator is not None
         self.accelerator.teardown()
 
