@@ -99,7 +99,7 @@ class HybridEngine:
         for fast in filter(None, self._fast.values()):
             fast.generator.steps.drop()
             fast.generator.cache.close()
-            fast.weights.arena.close()
+            fast.weights.close()
         self._fast.clear()
 
     # --- the swap ---
@@ -179,7 +179,7 @@ class HybridEngine:
         if role not in self._fast or (fast is not None and not _fits(fast.generator, slots, needed)):
             if fast is not None:  # a rare larger batch: the old cache goes, the graphs are captured anew
                 fast.generator.cache.close()
-                fast.weights.arena.close()
+                fast.weights.close()
             self._fast[role] = self._build(role, slots, limit or needed)
         return self._fast[role]
 

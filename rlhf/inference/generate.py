@@ -21,6 +21,9 @@ from rlhf.inference.timing import PhaseTimer
 CHECK_EVERY = 4
 """Steps between two looks at which sequences have ended, on a GPU: the host never waits for the step that runs."""
 
+REFILL = 4
+"""Waiting prompts go in once one slot in so many is free: a prefill of few prompts costs its launches, not its arithmetic."""
+
 
 @dataclass
 class Answers:
@@ -122,7 +125,7 @@ class Generator:
         active: dict[int, Waiting] = {}  # by slot
         drawn: dict[int, int] = {}  # answer tokens of each active slot, were it not to stop
         glances: list[Glance] = []
-        enough = max(1, self.slots // 8)
+        enough = max(1, self.slots // REFILL)
         while queue or active:
             if queue and (not active or len(free) >= min(enough, len(queue))):
                 with self.timer("prefill"):
