@@ -17,7 +17,7 @@ from rlhf.types import PromptBatch
 
 
 def held_bytes() -> int:
-    """Memory behind the tensors made since `gc.freeze`, each storage once."""
+    """Memory behind all tensors of this process, each storage once."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -28,7 +28,7 @@ def held_bytes() -> int:
 
 
 class Intruder(Callback):
-    """Writes `memory-RANK.json`: bytes held before and after each of its rollouts."""
+    """Answers `times` times before each training step and once after it; `memory-RANK.json` has what was held around the former."""
 
     def __init__(self, folder: Path, times: int, tp: int = 1) -> None:
         self.folder, self.times, self.tp = Path(folder), times, tp
@@ -39,29 +39,27 @@ class Intruder(Callback):
         if self.engine is None:
             known = next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
             rollout = dataclasses.replace(known.rollout, engine="hybrid_engine", recorded_path=None, strict=True)
-            gc.freeze()  # looking through all that the libraries have loaded would take a second each time
             self.engine = HybridEngine(trainer.strategy, rollout, end_id=known.end_id, pad_id=known.pad_id, tp=self.tp)
-        for _ in range(self.times):
-            self._answer(batch)
+        before = held_bytes()
+        self._answer(batch, self.times)
+        self.memory.append((before, held_bytes()))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
-        for _ in range(self.times):
-            self._answer(batch)
+        self._answer(batch, 1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         (self.folder / f"memory-{trainer.global_rank}.json").write_text(json.dumps(self.memory))
 
-    def _answer(self, batch: PromptBatch) -> None:
-        """One number comes from torch's random state, the seed of the rollout; it is put back, and nothing else may have been drawn."""
+    def _answer(self, batch: PromptBatch, times: int) -> None:
+        """One number a rollout comes from torch's random state; it is put back, and nothing else may have been drawn."""
         assert self.engine is not None
         state = torch.get_rng_state()
-        before = held_bytes()
-        rollout = self.engine.generate("actor", batch, samples=2)
-        assert rollout.logprobs is not None and rollout.lengths.min() >= 1
-        del rollout
-        self.memory.append((before, held_bytes()))
+        for _ in range(times):
+            rollout = self.engine.generate("actor", batch, samples=2)
+            assert rollout.logprobs is not None and rollout.lengths.min() >= 1
         after = torch.get_rng_state()
         torch.set_rng_state(state)
-        torch.randint(2**31, ())
-        assert torch.equal(torch.get_rng_state(), after), "more than the seed was drawn"
+        for _ in range(times):
+            torch.randint(2**31, ())
+        assert torch.equal(torch.get_rng_state(), after), "more than the seeds was drawn"
         torch.set_rng_state(state)

@@ -25,7 +25,12 @@ def main() -> None:
         model = OPTForCausalLM(shape).to(torch.bfloat16)
         others = torch.zeros(8, 10**9, dtype=torch.uint8)
     strategy: Any = SimpleNamespace(
-        global_rank=0, world_size=1, root_device=device, network=lambda role: SimpleNamespace(model=model), gather_objects=lambda value: [value]
+        global_rank=0,
+        world_size=1,
+        root_device=device,
+        network=lambda role: SimpleNamespace(model=model),
+        gather_objects=lambda value: [value],
+        max_over_ranks=lambda values: values,
     )
     rollout = RolloutConfig(
         engine="hybrid_engine", temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=64, min_new_tokens=0, micro_batch_size=None,

@@ -122,7 +122,7 @@ class HybridEngine:
         generator, weights = fast.generator, fast.weights
         try:
             with self._timed("swap"):
-                require_room(generator, weights, self.rollout, tp=self.parallel.size)
+                require_room(generator, weights, self.rollout, self.strategy, tp=self.parallel.size)
                 generator.cache.map()
                 weights.arena.map()
             self._fill(fast)
@@ -232,6 +232,8 @@ class HybridEngine:
         longest = max(len(ids) for ids in share.prompts)
         with self.rollout_mode(role, rows=len(share.prompts) * samples, longest=longest) as generator:
             if generator is None:
+                if limits is not None:
+                    raise UserError(f"{role} answers with transformers' generate, which knows no limit for each sequence")
                 return self._plain.generate(role, prompts, samples=samples)
             device = self.strategy.root_device
             answers = generator.generate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,14 +88,13 @@ class Engine:
 
 @pytest.mark.parametrize("name", ["hybrid_engine", "hf_generate", "recorded"])
 def test_the_configured_engine_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    hybrid = SimpleNamespace(HybridEngine=lambda *args, **kwargs: ("hybrid_engine", args, kwargs))
-    monkeypatch.setitem(sys.modules, "rlhf.engines.hybrid", hybrid)
+    monkeypatch.setattr("rlhf.callbacks.rollout.HybridEngine", lambda *args, **kwargs: ("hybrid_engine", args, kwargs))
     settings = build(composed("ppo", "run_dir=x", f"rollout={name}", "rollout.recorded_path=x")).rollout
-    callback = RolloutCallback(settings, samples=1, end_id=2, pad_id=PAD)
+    callback = RolloutCallback(settings, samples=1, end_id=2, pad_id=PAD, tp=2)
     trainer: Any = SimpleNamespace(strategy=SimpleNamespace())
     callback.setup(trainer, RoleModule({}), "fit")
     if name == "hybrid_engine":
-        assert callback.engine == ("hybrid_engine", (trainer.strategy, settings), {"end_id": 2, "pad_id": PAD})
+        assert callback.engine == ("hybrid_engine", (trainer.strategy, settings), {"end_id": 2, "pad_id": PAD, "tp": 2})
     else:
         assert type(callback.engine) is {"hf_generate": HFGenerate, "recorded": Recorded}[name]
 

@@ -24,11 +24,23 @@ SMALL = (
     "ppo.score_micro_batch_size=4", "ppo.actor_optimizer.lr=1e-2", "ppo.critic_optimizer.lr=1e-2", "ppo.actor_scheduler.warmup=0",
     "ppo.critic_scheduler.warmup=0", "callbacks=none", "ppo.iterations=3",
 )  # fmt: skip
-STILL = ("ppo.iterations=2", "ppo.actor_optimizer.lr=0", "ppo.critic_optimizer.lr=0", "ppo.samples_per_prompt=2", "+callbacks.measure._target_=rlhf.callbacks.metrics.Throughput")
+STILL = (
+    "ppo.iterations=2",
+    "ppo.actor_optimizer.lr=0",
+    "ppo.critic_optimizer.lr=0",
+    "ppo.samples_per_prompt=2",
+    "+callbacks.measure._target_=rlhf.callbacks.metrics.Throughput",
+)
 """The weights stay, so that a last bit that differs between numbers of ranks does not grow."""
 ALL_ON = ("ppo.epochs=2", "actor.dropout=0.1", "trainer.checkpoint_every=3")
-Z3 = ("zero@actor.zero=z3", "zero@critic.zero=z2", "lora@actor.lora=r8", "actor.zero.persistence_threshold=0", "rollout.tp_gather_partition_size=1")
-INTRUDER = ("+callbacks.intruder._target_=intruder.Intruder", "+callbacks.intruder.times=4")
+Z3 = (
+    "zero@actor.zero=z3",
+    "zero@critic.zero=z2",
+    "lora@actor.lora=r8",
+    "actor.zero.persistence_threshold=0",
+    "rollout.tp_gather_partition_size=1",
+)
+INTRUDER = ("+callbacks.intruder._target_=intruder.Intruder", "+callbacks.intruder.times=7")
 
 ANSWERED: dict[str, tuple[int, tuple[str, ...]]] = {
     "whole": (1, ()),
@@ -50,11 +62,16 @@ CORRECTED: dict[str, tuple[str, ...]] = {
 }
 PARITY = ("bench=parity", "bench.dtypes=[fp32]", "bench.graphs=[false]", "bench.train_steps=3", "bench.prompts=4", "callbacks=none")
 PARITY_LISTS = {
-    "families": ("bench.zero_stages=[3]", "bench.tp_sizes=[2]", "bench.lora_ranks=[8]"),
+    "families": (
+        "bench.families=[opt-350m,gpt2,gpt_neox,bloom,qwen3,phi3]",
+        "bench.zero_stages=[3]",
+        "bench.tp_sizes=[2]",
+        "bench.lora_ranks=[8]",
+    ),
     "stages": ("bench.families=[llama-gqa]", "bench.zero_stages=[0,1,2]", "bench.tp_sizes=[1,2]", "bench.lora_ranks=[8]"),
     "no adapter": ("bench.families=[opt]", "bench.zero_stages=[0,3]", "bench.tp_sizes=[2]", "bench.lora_ranks=[0]"),
 }
-PARITY_CASES = {"families": 11, "stages": 6, "no adapter": 2}
+PARITY_CASES = {"families": 6, "stages": 6, "no adapter": 2}
 
 
 def folder(root: Path, name: str) -> Path:
@@ -91,7 +108,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", PARITY_LISTS)
 def test_after_three_steps_it_says_what_transformers_says(root: Path, name: str) -> None:
-    """Every family, ZeRO stage, with adapters, alone and as two halves: the same greedy tokens, log-probabilities to 1e-4."""
+    """Every layout of weights and ZeRO stage, with adapters, alone and as two halves: the same greedy tokens, log-probabilities to 1e-4."""
     outcomes = json.loads((folder(root, name) / "bench.json").read_text())["outcomes"]
     assert len(outcomes) == PARITY_CASES[name]
     for outcome in outcomes:
@@ -173,9 +190,9 @@ def test_a_swap_in_between_changes_nothing_of_training(root: Path, name: str) ->
 
 @pytest.mark.parametrize(("name", "rank"), [("learner", 0), ("learner, 2 ranks", 0), ("learner, 2 ranks", 1)])
 def test_leaving_gives_all_memory_back(root: Path, name: str, rank: int) -> None:
-    """To the byte, over more than 20 rollouts. The first one builds what stays: slots, and tables of positions."""
+    """To the byte, over 21 rollouts, 7 before each step. The first one builds what stays: slots, and tables of positions."""
     seen = json.loads((folder(root, f"{name}, disturbed") / f"memory-{rank}.json").read_text())
-    assert len(seen) == 24
+    assert len(seen) == 3
     assert [before for before, after in seen[1:] if before != after] == []
     stays = seen[0][1] - seen[0][0]
     slots, answer, head, tokens = 16, 8, 16, 12 + 8
@@ -203,6 +220,6 @@ def test_the_sampler_and_the_actor_agree_to_rounding(root: Path, name: str) -> N
     for metric in ("mismatch_abs", "mismatch_max", "mismatch_kl"):
         assert len(column(run, f"rollout/{metric}")) == 3
         assert max(map(abs, column(run, f"rollout/{metric}"))) < 1e-4, metric
-    assert 0 < max(column(run, "rollout/mismatch_max")), "nothing was compared"
+    assert max(column(run, "rollout/mismatch_max")) > 0, "nothing was compared"
     if name == "capped":
         assert column(run, "actor/importance_weight") == pytest.approx([1.0] * 3, abs=1e-4)

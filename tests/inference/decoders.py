@@ -75,31 +75,45 @@ class PlainSource:
 
 
 def weights_of(model: Any, *, parallel: Parallel | None = None, source: PlainSource | None = None) -> DecoderWeights:
-    """Filled."""
+    """Filled, on the model's device and in its dtype."""
     source = source or PlainSource(model)
-    weights = DecoderWeights(describe(model.config), source, parallel=parallel or Parallel(), dtype=torch.float32, device=CPU)
+    first = next(model.parameters())
+    weights = DecoderWeights(describe(model.config), source, parallel=parallel or Parallel(), dtype=first.dtype, device=first.device)
     weights.arena.map()
+    fill(weights, source)
+    return weights
+
+
+def fill(weights: DecoderWeights, source: PlainSource) -> None:
     for part in range(len(weights.parts)):
         weights.fill(part, source)
-    return weights
 
 
 def positions_of(model: Any, shape: DecoderShape) -> Positions:
     if shape.positions == "alibi":
-        return Positions(slopes=alibi_slopes(shape.heads))
+        return Positions(slopes=alibi_slopes(shape.heads).to(model.device))
     if shape.positions == "learned":
         return Positions()
     module = next(m for m in model.modules() if hasattr(m, "inv_freq"))
     return rotary(module.inv_freq, module.attention_scaling, tokens=POSITIONS, head_dim=shape.head_dim)
 
 
-def generator_of(model: Any, *, slots: int, prefill_tokens: int = 64, new_tokens: int = NEW, **sampling: Any) -> Generator:
+def generator_of(
+    model: Any,
+    *,
+    slots: int,
+    prefill_tokens: int = 64,
+    new_tokens: int = NEW,
+    ops: TorchOps | None = None,
+    graphs: bool = False,
+    **sampling: Any,
+) -> Generator:
     """Greedy and without stop tokens unless said otherwise; its cache is mapped."""
     shape = describe(model.config)
-    decoder = Decoder(shape, weights_of(model), positions_of(model, shape), TorchOps(), Parallel())
+    decoder = Decoder(shape, weights_of(model), positions_of(model, shape), ops or TorchOps(), Parallel())
     generator = Generator(
         decoder, plain_sampling(**sampling), slots=slots, tokens=POSITIONS, new_tokens=new_tokens, prefill_tokens=prefill_tokens,
-        graphs=False, dtype=torch.float32, device=CPU,
+        graphs=graphs, dtype=model.dtype, device=model.device,
     )  # fmt: skip
     generator.cache.map()
     return generator

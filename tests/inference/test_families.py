@@ -19,7 +19,10 @@ def described(family: str, **changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("family", "expected"),
     [
-        ("opt", {"positions": "learned", "position_offset": 2, "post_norm": False, "activation": "relu", "embed_width": 32, "gated": False}),
+        (
+            "opt",
+            {"positions": "learned", "position_offset": 2, "post_norm": False, "activation": "relu", "embed_width": 32, "gated": False},
+        ),
         ("opt-350m", {"post_norm": True, "embed_width": 16, "hidden": 32}),
         ("gpt2", {"positions": "learned", "position_offset": 0, "activation": "gelu_tanh", "intermediate": 128, "max_positions": 64}),
         ("gpt_neox", {"positions": "rotary", "parallel_residual": True, "activation": "gelu", "norm": "layer"}),

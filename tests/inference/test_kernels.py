@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 
 def test_the_kernels_agree_with_their_twins_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE", str(Path(__file__).parent / "kernel_checks.py")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", str(Path(__file__).parent / "kernel_checks.py")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -195,7 +195,7 @@ def grid(seed: int, sequences: int = 256, positions: int = 256) -> Tensor:  # (s
 @pytest.mark.parametrize("seed", [0, 1, 12345])
 def test_uniforms_are_uniform_and_neighbours_know_nothing_of_each_other(seed: int) -> None:
     u = grid(seed)
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     pairs = {
         "alone": (u, torch.zeros_like(u)),
         "next position": (u[:, :-1], u[:, 1:]),
@@ -222,7 +222,9 @@ def model() -> Any:
     return noisy_model("llama-gqa")
 
 
-def answers(model: Any, *, slots: int, which: list[int] | None = None, seed: int = 3, limits: list[int] = LIMITS, **sampling: Any) -> list[list[int]]:
+def answers(
+    model: Any, *, slots: int, which: list[int] | None = None, seed: int = 3, limits: list[int] = LIMITS, **sampling: Any
+) -> list[list[int]]:
     """Of some of the prompts, under the numbers that they have in the whole batch."""
     which = list(range(len(LENGTHS))) if which is None else which
     prompts = mixed_prompts(LENGTHS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import CPU, FAMILIES, PlainSource, noisy_model, weights_of
+from decoders import CPU, FAMILIES, PlainSource, fill, noisy_model, weights_of
 from torch import Tensor
 
 from rlhf.inference.arena import ALIGNMENT, Arena
@@ -155,8 +155,7 @@ def test_a_training_step_reaches_the_decoder(family: str, parallel: Parallel) ->
     addresses = {key: t.data_ptr() for key, t in weights.tensors.items()}
     for parameter in model.parameters():
         parameter.mul_(1.5)
-    for part in range(len(weights.parts)):
-        weights.fill(part, source)
+    fill(weights, source)
     fresh = weights_of(model, parallel=parallel)
     assert all(torch.equal(t, fresh.tensors[key]) for key, t in weights.tensors.items())
     assert {key: t.data_ptr() for key, t in weights.tensors.items()} == addresses
@@ -219,6 +218,5 @@ def test_weights_that_were_given_back_are_gone() -> None:
     gc.collect()
     assert not any(ref() is not None for ref in copies)
     weights.arena.map()
-    for part in range(len(weights.parts)):
-        weights.fill(part, PlainSource(model))
+    fill(weights, PlainSource(model))
     assert all(torch.equal(t, weights_of(model).tensors[key]) for key, t in weights.tensors.items())

@@ -174,5 +174,6 @@ def attend(
     else:
         warps = 2 if hd_pad <= 64 else 4
         group_pad = max(16, triton.next_power_of_2(shape.group))
+        options["HD_PAD"] = max(16, hd_pad)  # the least that a matrix product takes
         _head_group[(len(rows), kv)](*arguments, **options, GROUP=shape.group, GROUP_PAD=group_pad, BLOCK=64, num_warps=warps)
     return out

@@ -95,7 +95,7 @@ def _draw(
         else:
             masses += tl.where(index == start // BLOCK, tl.sum(tl.exp(y - best)), 0.0)
     if GREEDY:
-        token = tl.min(firsts).to(tl.int64)
+        token = tl.minimum(tl.min(firsts), V - 1).to(tl.int64)  # V only where a logit is NaN
     else:
         mass = tl.sum(masses)
         target = _uniform(tl.load(seed), tl.load(sequences + slot), count) * mass

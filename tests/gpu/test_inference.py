@@ -1,0 +1,132 @@
+"""The decoder on a GPU: the kernels against their twins, whole answers with and without graphs, memory that comes and goes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
+
+from decoders import (
+    FAMILIES,
+    PAD,
+    PlainSource,
+    fill,
+    full_forward_logprobs,
+    generator_of,
+    greedy_of_transformers,
+    mixed_prompts,
+    noisy_model,
+)
+from kernel_checks import *  # noqa: F403
+from torch import Tensor
+
+from rlhf.inference.arena import make_arena
+from rlhf.inference.kernels.ops import TritonOps
+
+pytestmark = pytest.mark.gpu
+CARD = torch.device("cuda", 0)
+LENGTHS = [3, 17, 1, 20, 11]
+NEW = 48
+LIMITS = [NEW] * len(LENGTHS)
+WIDE = {"hidden_size": 128}
+"""Heads of 32."""
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def prompts() -> list[Tensor]:
+    return [prompt.to(CARD) for prompt in mixed_prompts(LENGTHS)]
+
+
+def generate(generator: Any) -> Any:
+    return generator.generate(prompts(), samples=1, limits=LIMITS, sequences=list(range(len(LENGTHS))), seed=1)
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp32_greedy_answers_are_those_of_transformers(family: str, graphs: bool) -> None:
+    """Fewer slots than prompts, so that sequences leave and others take their place; the second call replays what the first captured."""
+    model = noisy_model(family, **WIDE)
+    greedy = greedy_of_transformers(model, mixed_prompts(LENGTHS), end=None, new_tokens=NEW)
+    exact = full_forward_logprobs(model, mixed_prompts(LENGTHS), greedy)
+    generator = generator_of(model.to(CARD), slots=3, new_tokens=NEW, ops=TritonOps(), graphs=graphs)
+    for _ in range(2):
+        found = generate(generator)
+        assert found.tokens.tolist() == greedy.tolist()
+        assert (found.logprobs.cpu() - exact).abs().max() < 1e-3
+    assert bool(generator.steps.graphs) == graphs
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("family", ["opt", "opt-350m", "gpt_neox", "bloom", "llama-gqa", "qwen3"])
+def test_bf16_is_as_close_to_fp32_as_transformers_is(family: str, graphs: bool) -> None:
+    model = noisy_model(family, **WIDE).to(CARD, torch.bfloat16)
+    for module in model.modules():  # a cast rounds the frequencies, which the engine's networks never do
+        if hasattr(module, "inv_freq"):
+            module.inv_freq = type(module)(model.config).inv_freq.to(CARD)
+    generator = generator_of(model, slots=8, new_tokens=NEW, ops=TritonOps(), graphs=graphs, temperature=1.0)
+    found = generate(generator)
+    peer = full_forward_logprobs(model, prompts(), found.tokens)
+    exact = full_forward_logprobs(noisy_model_like(model, family), prompts(), found.tokens)
+    ours, theirs = ((x - exact).abs().mean() for x in (found.logprobs, peer))
+    assert ours <= 1.2 * theirs
+
+
+def noisy_model_like(model: Any, family: str) -> Any:
+    """The same weights in fp32."""
+    exact = noisy_model(family, **WIDE).to(CARD)
+    for target, source in zip(exact.parameters(), model.parameters(), strict=True):
+        target.copy_(source)
+    return exact
+
+
+def test_an_arena_keeps_its_addresses_and_gives_its_memory_back() -> None:
+    torch.cuda.synchronize()
+    free = torch.cuda.mem_get_info(CARD)[0]
+    arena = make_arena({"a": ((1 << 26,), torch.float32), "b": ((3, 5), torch.bfloat16)}, CARD)
+    places = set()
+    for value in range(1, 4):
+        arena.map()
+        assert free - torch.cuda.mem_get_info(CARD)[0] >= arena.bytes >= 1 << 28
+        arena.tensors["a"].fill_(value)
+        assert arena.tensors["a"].sum().item() == value * (1 << 26) and arena.tensors["b"].shape == (3, 5)
+        places.add(arena.tensors["a"].data_ptr())
+        arena.unmap()
+        assert free - torch.cuda.mem_get_info(CARD)[0] < 1 << 25
+    assert len(places) == 1
+    arena.close()
+
+
+@pytest.mark.parametrize("drops", [False, True], ids=["graphs kept", "graphs dropped"])
+def test_captured_steps_run_again_after_the_memory_was_away(drops: bool) -> None:
+    """With the weights as they are by then."""
+    model = noisy_model("llama-gqa", **WIDE).to(CARD)
+    generator = generator_of(model, slots=4, new_tokens=NEW, ops=TritonOps(), graphs=True)
+    weights, first = generator.decoder.weights, generate(generator)
+    for step in range(3):
+        generator.cache.unmap()
+        weights.release()
+        blocker = torch.full((1 << 24,), float("nan"), device=CARD)  # takes what was given back
+        if drops:
+            generator.steps.drop()
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+        del blocker
+        generator.cache.map()
+        weights.arena.map()
+        fill(weights, PlainSource(model))
+        found = generate(generator)
+        plain = generate(generator_of(model, slots=4, new_tokens=NEW, ops=TritonOps()))
+        assert found.tokens.tolist() == plain.tokens.tolist(), step
+        assert (found.tokens != PAD).all()
+    assert found.tokens.tolist() != first.tokens.tolist()
