@@ -20,7 +20,7 @@ SETTINGS = "rlhf.settings."
 TOP_LEVEL = (
     "verb", "seed", "run_dir", "resume", "steps", "sweep_metric",
     "data", "trainer", "launcher", "logger", "callbacks", "hardware",
-    "actor", "critic", "ref", "reward", "sft", "rm", "ppo", "rollout", "tp", "evaluation", "bench",
+    "actor", "critic", "ref", "reward", "sft", "rm", "dpo", "ppo", "rollout", "tp", "evaluation", "bench",
 )  # fmt: skip
 """Every key that a verb or a sweep may have at the top: another one would be read by nobody."""
 LARGEST_SEED = 2**32 - 1
@@ -183,6 +183,7 @@ def _check_optimizers(cfg: Any) -> None:
     learners = {
         ("sft", "optimizer"): "actor",
         ("rm", "optimizer"): "reward",
+        ("dpo", "optimizer"): "actor",
         ("ppo", "actor_optimizer"): "actor",
         ("ppo", "critic_optimizer"): "critic",
     }
@@ -213,7 +214,7 @@ def _divides_into_micro_batches(key: str, total: int, section: str, micro: int |
 
 def _check_batches(cfg: Any) -> None:
     world = world_size(cfg)
-    for name in ("sft", "rm"):
+    for name in ("sft", "rm", "dpo"):
         step = getattr(cfg, name, None)
         if step is not None:
             _divides_into_micro_batches(f"{name}.batch_size", step.batch_size, name, step.micro_batch_size, world)
@@ -271,12 +272,38 @@ def _check_rollout(cfg: Any) -> None:
                 f"ppo.{key} needs the sampler's log-probabilities, which rollout.engine={rollout.engine} does not return: "
                 "choose rollout=hybrid_engine"
             )
-    if hasattr(cfg, "ppo") and rollout.temperature == 0:
-        raise UserError("rollout.temperature=0 samples greedily, so that PPO has nothing to explore: choose a temperature above 0")
+    if hasattr(cfg, "ppo"):
+        _check_answers(cfg.ppo, rollout)
     if hasattr(cfg, "critic") and cfg.ppo.critic_init == "actor" and cfg.critic.model.name != cfg.actor.model.name:
         raise UserError(
             f"ppo.critic_init=actor needs critic.model and actor.model to be the same network, "
             f"got {cfg.critic.model.name} and {cfg.actor.model.name}"
+        )
+
+
+def _check_answers(ppo: Any, rollout: Any) -> None:
+    """What PPO asks of answers against what the rollout gives."""
+    if rollout.temperature == 0:
+        raise UserError(
+            "rollout.temperature=0 samples greedily, so that PPO has nothing to explore: choose a temperature above 0, or say that it is "
+            "meant with ppo.greedy_rollouts=true and rollout.temperature=1"
+        )
+    plain = {"temperature": 1, "top_k": 0, "top_p": 1}
+    changed = [name for name, value in plain.items() if getattr(rollout, name) != value]
+    if ppo.greedy_rollouts and changed:
+        raise UserError(
+            f"ppo.greedy_rollouts=true takes the likeliest token, so that rollout.{changed[0]}={getattr(rollout, changed[0])} would say "
+            f"nothing: set it to {plain[changed[0]]}"
+        )
+    if ppo.min_answer_tokens > rollout.max_new_tokens:
+        raise UserError(
+            f"ppo.min_answer_tokens={ppo.min_answer_tokens} passes rollout.max_new_tokens={rollout.max_new_tokens}: no answer would be "
+            "trained on"
+        )
+    if ppo.length_penalty > 0 and ppo.length_free >= rollout.max_new_tokens:
+        raise UserError(
+            f"ppo.length_penalty={ppo.length_penalty} never acts: ppo.length_free={ppo.length_free} reaches rollout.max_new_tokens="
+            f"{rollout.max_new_tokens}; lower ppo.length_free"
         )
 
 

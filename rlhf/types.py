@@ -99,9 +99,10 @@ class Experience(Rows):
 
     ids: Tensor  # (B, P + A) int64
     mask: Tensor  # (B, P + A) bool
-    action_mask: Tensor  # (B, A) bool
+    action_mask: Tensor  # (B, A) bool: the tokens that the losses look at
     logprobs: Tensor  # (B, A) that the policy's ratio is taken against: the actor's before its first update, or the sampler's
     values: Tensor  # (B, A) before each answer token
     advantages: Tensor  # (B, A)
     returns: Tensor  # (B, A)
+    ref_logprobs: Tensor | None = None  # (B, A) of the reference, where the loss has a KL penalty
     importance: Tensor | None = None  # (B, A) factor of each token's policy loss, where the sampler is corrected for

@@ -16,16 +16,18 @@ from hydra import compose, initialize_config_dir
 from jobs import composed
 
 from rlhf import settings
-from rlhf.cli.hydra_app import conf_dir
+from rlhf.cli.hydra_app import _is_fragment, conf_dir
 from rlhf.cli.main import VERBS
 from rlhf.config import UserError, build, check
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-MAX_KEYS = 160
+MAX_KEYS = 180
 """Different keys of the composed PPO config: more, and nobody reads what a run is made of."""
 
-PLAIN = ("model", "lora", "data", "hardware", "logger", "callbacks", "scheduler", "trainer", "sft", "rm", "ppo", "evaluation", "bench")
+PLAIN = (
+    "model", "lora", "data", "hardware", "logger", "callbacks", "scheduler", "trainer", "sft", "rm", "dpo", "ppo", "evaluation", "bench",
+)  # fmt: skip
 """Groups whose options go with everything, so that one composition tests one option of each."""
 SHORT = ("data.max_prompt_tokens=16", "data.max_answer_tokens=16")
 """Fits the context of every model."""
@@ -101,6 +103,7 @@ LEARNERS = {
     "sft": ("actor",),
     "reward": ("reward",),
     "ppo": ("actor", "critic"),
+    "dpo": ("actor",),
     "pipeline": ("actor", "critic", "reward"),
     "evaluate": (),
     "bench": (),
@@ -191,9 +194,12 @@ def test_every_experiment_composes(name: str) -> None:
         accepted(verb, f"experiment={name}", "data.path=rows.jsonl")
 
 
+@pytest.mark.parametrize("verb", ["pipeline", "dpo"])
 @pytest.mark.parametrize("name", options("debug"))
-def test_every_debug_option_composes_into_the_pipeline(name: str) -> None:
-    accepted("pipeline", f"debug={name}")
+def test_every_debug_option_composes(name: str, verb: str) -> None:
+    """Sections that a verb does not have are left out, as the command does."""
+    config = composed(verb, "run_dir=runs/x", f"debug={name}")
+    check(build({key: node for key, node in config.items() if not _is_fragment(node)}))
 
 
 def keys(node: Any) -> int:

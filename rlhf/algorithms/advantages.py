@@ -100,6 +100,10 @@ class RunningMoments:
         variance = self._deviations / self.count if self.count else 0.0
         return math.sqrt(variance) if variance > SAME_SCORES * self.mean**2 else 1.0
 
+    def normalize(self, scores: Tensor, *, center: bool, scale: bool) -> Tensor:
+        """(B,) -> (B,): without the mean where `center`, divided by the standard deviation where `scale`."""
+        return (scores - (self.mean if center else 0.0)) / (self.std if scale else 1.0)
+
     def state_dict(self) -> dict[str, float]:
         return {"count": self.count, "mean": self.mean, "deviations": self._deviations}
 

@@ -12,7 +12,7 @@ MAX_ERROR = 0.2
 """Bound on the relative error that one update of the adaptive controller reacts to (Ziegler et al. 2019, section 2.2)."""
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, *, clamp: float | None = None) -> Tensor:
     """Estimate of KL(policy || reference) from each sampled token alone.
 
     With d = logprobs - ref_logprobs: k1 = d (unbiased, may be negative), k2 = d^2 / 2 (biased, low variance),
@@ -22,6 +22,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
         logprobs: (B, A) of the tokens under the policy that sampled them.
         ref_logprobs: (B, A) of the same tokens under the reference.
         estimator: k1, k2 or k3.
+        clamp: bound on |d| (OpenRLHF bounds the estimate itself). None: off.
 
     Returns:
         (B, A), differentiable.
@@ -30,6 +31,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
         ValueError: another estimator.
     """
     difference = logprobs - ref_logprobs  # (B, A)
+    if clamp is not None:
+        difference = difference.clamp(-clamp, clamp)
     if estimator == "k1":
         return difference
     if estimator == "k2":

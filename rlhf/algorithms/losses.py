@@ -35,7 +35,7 @@ def policy_loss(
     action_mask: Tensor,
     *,
     clip_range: float,
-    log_ratio_clamp: float,
+    log_ratio_clamp: float | None,
     dual_clip: float | None = None,
     importance: Tensor | None = None,
 ) -> PolicyLoss:
@@ -47,7 +47,7 @@ def policy_loss(
         advantages: (B, A).
         action_mask: (B, A) bool.
         clip_range: c.
-        log_ratio_clamp: bound on |log r| before the exponential, so that it stays finite.
+        log_ratio_clamp: bound on |log r| before the exponential, so that it stays finite. None: off.
         dual_clip: bounds the loss of a bad action by -A * dual_clip, however large r gets (Ye et al. 2020, "Mastering Complex Control in
             MOBA Games with Deep RL", eq. 5); above 1. None: off.
         importance: (B, A) factor of each token's loss, without gradient; see `rlhf.algorithms.mismatch`. None: 1.
@@ -55,7 +55,7 @@ def policy_loss(
     # Masked slots are replaced before the exponential: behind it, their inf would still reach the gradient as 0 * inf.
     log_ratio = torch.where(action_mask, logprobs.float() - old_logprobs.float(), 0)  # (B, A)
     advantages = torch.where(action_mask, advantages.float(), 0)  # (B, A)
-    ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp).exp()
+    ratio = (log_ratio if log_ratio_clamp is None else log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp)).exp()
     free = -advantages * ratio
     bounded = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = torch.maximum(free, bounded)

@@ -52,7 +52,7 @@ def evaluate(job: Job) -> dict[str, Any]:
     specs = {role: job.frozen_engine(zero) for role, (_, _, zero) in roles.items()}
     L.seed_everything(cfg.seed, verbose=False)
     blueprints = {role: job.blueprint(role, kind=kind, trained=False, like=like) for role, (kind, like, _) in roles.items()}
-    module = Comparison(blueprints, names=evaluation.names, gold=gold, decode=job.decode, seed=evaluation.seed)
+    module = Comparison(blueprints, names=evaluation.names, gold=gold, decode=job.decode, samples=evaluation.samples, seed=evaluation.seed)
     sizes: dict[Phase, int] = {"ppo": evaluation.prompts, "reward": evaluation.pairs if rewarded else 0, "sft": evaluation.texts}
     loaders = []
     for phase, limit in sizes.items():

@@ -13,6 +13,7 @@ VERBS = {
     "sft": "step 1: supervised fine-tuning of the actor",
     "reward": "step 2: the reward model, from pairs",
     "ppo": "step 3: PPO against the reward model",
+    "dpo": "the actor from pairs, without a reward model",
     "evaluate": "two policies on the same held-out prompts, reward-model accuracy, perplexity",
     "bench": "rollouts on this machine: `bench rollout` times them, `bench parity` compares them with transformers",
 }

@@ -29,10 +29,10 @@ def run_rank(config: Mapping[str, Any]) -> None:
     from rlhf.cli.assemble import Job  # after prepare_rank: it imports deepspeed
     from rlhf.cli.bench import bench
     from rlhf.cli.evaluate import evaluate
-    from rlhf.cli.train import ppo, reward, sft
+    from rlhf.cli.train import dpo, ppo, reward, sft
 
     quiet_libraries()
-    verbs = {"sft": sft, "reward": reward, "ppo": ppo, "evaluate": evaluate, "bench": bench}
+    verbs = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "evaluate": evaluate, "bench": bench}
     start = time.perf_counter()
     result = verbs[cfg.verb](Job(config, cfg))
     seconds = {"total": time.perf_counter() - start, **result["seconds"]}

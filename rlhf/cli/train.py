@@ -1,9 +1,11 @@
-"""The training verbs inside one rank: sft, reward, ppo.
+"""The training verbs inside one rank: sft, reward, ppo, dpo.
 
 Each names its roles, their engines and its module; everything else is `assemble`'s.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import lightning as L
 
@@ -12,6 +14,7 @@ from rlhf.config import UserError
 from rlhf.data.datamodule import RLHFData
 from rlhf.data.split import Phase
 from rlhf.logging import log
+from rlhf.modules.dpo import DPO
 from rlhf.modules.ppo import PPO
 from rlhf.modules.reward import RewardModel
 from rlhf.modules.sft import SFT
@@ -68,8 +71,36 @@ def ppo(job: Job) -> dict:
         "ref": job.blueprint("ref", kind="causal", trained=False, like="actor"),
         "reward": job.blueprint("reward", kind="scalar", trained=False),
     }
+    answers = job.rollout_callback(ppo.samples_per_prompt)
+    if ppo.greedy_rollouts:
+        answers.rollout = dataclasses.replace(answers.rollout, temperature=0.0)
+        log.warning("ppo.greedy_rollouts=true: every prompt gets its likeliest answer, so that PPO explores nothing")
     module = PPO(ppo, blueprints, temperature=cfg.rollout.temperature, seed=cfg.seed)
-    return job.fit(module, job.strategy(specs), data, total=iterations, extra=[job.rollout_callback(ppo.samples_per_prompt)])
+    return job.fit(module, job.strategy(specs), data, total=iterations, extra=[answers])
+
+
+def dpo(job: Job) -> dict:
+    """The actor on the pairs of step 2, against a frozen ref: the weights it starts from, unless ref.init names others."""
+    cfg, step = job.cfg, job.cfg.dpo
+    job.tokenizer("actor")
+    if cfg.actor.init is None and not cfg.actor.model.pretrained:
+        log.warning("actor.init is not set: DPO starts from an actor with random weights")
+    data = job.data(
+        "reward", step.batch_size, step.epochs, steps=step.max_steps, eval_batches=cfg.trainer.eval_batches, batch_key="dpo.batch_size"
+    )
+    total = _steps(data, "dpo.batch_size")
+    specs = {
+        "actor": job.trained_engine(
+            "actor", step.optimizer, step.scheduler, total_steps=total, batch_size=step.batch_size, micro=step.micro_batch_size
+        ),
+        "ref": job.frozen_engine(cfg.ref.zero),
+    }
+    L.seed_everything(cfg.seed, verbose=False)
+    blueprints = {
+        "actor": job.blueprint("actor", kind="causal", trained=True),
+        "ref": job.blueprint("ref", kind="causal", trained=False, like="actor"),
+    }
+    return job.fit(DPO(step, blueprints), job.strategy(specs), data, total=total, extra=[])
 
 
 def _steps(data: RLHFData, key: str) -> int:

@@ -43,6 +43,7 @@ class RLHFData(L.LightningDataModule):
         epochs: float,
         seed: int,
         steps: int | None = None,
+        batch_key: str | None = None,
         loss_on: Literal["answer", "all"] = "answer",
         eval_batches: int | None = None,
         group_lengths: bool = True,
@@ -53,6 +54,7 @@ class RLHFData(L.LightningDataModule):
         Args:
             batch_size: rows of a global batch, over all ranks.
             steps: exactly so many batches; None: what `epochs` gives.
+            batch_key: the configuration key of the batch size, for messages; None: that of the step.
             loss_on: for the sft step.
             eval_batches: batches of the validation loader at most; None: all.
             group_lengths: rows of similar length share a batch.
@@ -62,6 +64,7 @@ class RLHFData(L.LightningDataModule):
         self.settings, self.tokenizer, self.phase = data, tokenizer, phase
         self.batch_size, self.epochs, self.steps, self.order_seed = batch_size, epochs, steps, seed
         self.loss_on, self.eval_batches, self.group_lengths = loss_on, eval_batches, group_lengths
+        self.batch_key = batch_key or BATCH_KEYS[phase]
         self.rank, self.world = rank, world
         self.start = 0
         self.train_rows: Dataset | None = None
@@ -155,7 +158,7 @@ class RLHFData(L.LightningDataModule):
     def _global_batches(self, rows: Dataset, batch_size: int, *, steps: int | None, grouped: bool) -> GlobalBatches:
         return GlobalBatches(
             len(rows), batch_size, epochs=self.epochs, steps=steps, seed=self.order_seed, rank=self.rank, world=self.world,
-            lengths=rows["length"][:] if grouped else None, key=BATCH_KEYS[self.phase],
+            lengths=rows["length"][:] if grouped else None, key=self.batch_key,
         )  # fmt: skip
 
     def _loader(self, rows: Dataset, batches: GlobalBatches | EvalBatches, phase: Phase) -> DataLoader[Any]:

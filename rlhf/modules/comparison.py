@@ -31,9 +31,15 @@ class Comparison(RoleModule):
     """`names` labels the policies in metrics: `gold/<name>`, `rollout/reward/<name>`, ... The first one is `ref`, the second `actor`."""
 
     def __init__(
-        self, blueprints: dict[str, Blueprint], *, names: list[str], gold: Gold | None, decode: Callable[[Tensor], list[str]], seed: int
-    ) -> None:
+        self, blueprints: dict[str, Blueprint], *, names: list[str], gold: Gold | None, decode: Callable[[Tensor], list[str]],
+        samples: int, seed: int,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            samples: answers to each prompt.
+        """
         super().__init__(blueprints)
+        self.samples = samples
         self.policies = {role: name for role, name in zip(("ref", "actor"), names, strict=True) if role in blueprints}
         self.gold = gold
         self.decode = decode
@@ -65,23 +71,24 @@ class Comparison(RoleModule):
     def _compare(self, batch: PromptBatch, batch_idx: int) -> None:
         """Every policy answers with the same random stream; the training's stream is left as it was."""
         assert self.engine is not None
-        rows: list[dict[str, Any]] = [{"prompt": text} for text in batch.texts]
+        prompts = batch.texts * self.samples  # as the answers come: sample-major
+        rows: list[dict[str, Any]] = [{"prompt": text} for text in prompts]
         for role, name in self.policies.items():
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(self.sampling_seed + 7919 * batch_idx + 100_003 * self.global_rank)
-                rollout = self.engine.generate(role, batch, samples=1)
+                rollout = self.engine.generate(role, batch, samples=self.samples)
             answers = self.decode(rollout.ids[:, rollout.prompt_length :])
             ended = rollout.ended.tolist()
             self._measure(role, name, rollout)
             for row, answer in zip(rows, answers, strict=True):
                 row[name] = answer
             if self.gold is not None:
-                scores = self.gold(batch.texts, answers, ended)
+                scores = self.gold(prompts, answers, ended)
                 self._add({f"gold/{name}": sum(scores)})
                 for row, score in zip(rows, scores, strict=True):
                     row[f"gold/{name}"] = score
-        self._add({"prompts": float(len(batch))})
+        self._add({"prompts": float(len(prompts))})
         self.rows += rows
 
     def _measure(self, role: str, name: str, rollout: Rollout) -> None:

@@ -6,34 +6,47 @@ how answers are generated, and has no data set. B sequences of this rank, P prom
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.algorithms.advantages import RunningMoments, gae, shape_rewards
+from rlhf.algorithms.answers import AnswerMasks, answer_masks, answer_scores, shape_scores
 from rlhf.algorithms.kl import kl_controller, kl_estimate
 from rlhf.algorithms.logprobs import logprobs_and_entropy, token_logprobs
-from rlhf.algorithms.losses import end_scores, policy_loss, value_loss
-from rlhf.algorithms.masked import masked_sum, masked_sums, whiten
+from rlhf.algorithms.losses import policy_loss, value_loss
+from rlhf.algorithms.masked import masked_sum, masked_sums, mean_weights, whiten
 from rlhf.algorithms.mismatch import importance_weights, mismatch
 from rlhf.config import UserError
 from rlhf.models.factory import Blueprint
 from rlhf.modules.base import RoleModule, as_scalars, step_metrics
+from rlhf.modules.heads import restart_head
 from rlhf.modules.minibatches import minibatch_rows
+from rlhf.modules.ppo_metrics import answer_metrics, learning_metrics
 from rlhf.settings import PPOConfig
 from rlhf.types import Experience, PromptBatch, Rollout
 
 
+class Judged(NamedTuple):
+    """What the four networks say of an answer; zero where no token counts."""
+
+    logprobs: Tensor  # (B, A) that the ratio is taken against: the actor's, or the sampler's
+    ref_logprobs: Tensor  # (B, A)
+    values: Tensor  # (B, A)
+    scores: Tensor  # (B,) of the whole answer
+
+
 class PPO(RoleModule):
-    """KL-shaped rewards, GAE and clipped losses. Every mean is over the global minibatch, so that ranks and micro-batches change nothing."""
+    """KL-shaped rewards, GAE and clipped losses. Every mean is over the global minibatch, so that ranks and micro-batches change nothing,
+    unless `ppo.loss_mean` is local."""
 
     trained: ClassVar[tuple[str, ...]] = ("actor", "critic")
 
     def __init__(self, ppo: PPOConfig, blueprints: dict[str, Blueprint], *, temperature: float, seed: int) -> None:
         """
         Args:
-            temperature: of the rollouts; logprobs are those of the distribution that was sampled from.
+            temperature: of the rollouts; logprobs are those of the distribution that was sampled from (greedy rollouts: above 0, too).
             seed: of the order of minibatches, the same on every rank.
         """
         super().__init__(blueprints)
@@ -44,11 +57,17 @@ class PPO(RoleModule):
         self.score_moments = RunningMoments()
         self.stop_requested = False
 
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.ppo.critic_head == "zeros":
+            restart_head(self, "critic", "zeros")
+
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         rollout = batch.rollout
         assert rollout is not None, "a rollout callback fills the batch before the step"
         with self.clock("score"):
             experience, seen = self.score(rollout)
+        self.metrics = seen  # there to be looked at, should learning fail
         with self.clock("train"):
             learned = self.learn(experience)
         self.iteration += 1
@@ -65,40 +84,46 @@ class PPO(RoleModule):
             UserError: the sampler's logprobs are asked for, and the rollout has none.
         """
         self._require_logprobs(rollout)
-        self.actor.eval()
-        self.critic.eval()
+        self.actor.train(self.ppo.score_in_train_mode)
+        self.critic.train(self.ppo.score_in_train_mode)
         parts = [self._judge(micro) for micro in rollout.micro_batches(self.ppo.score_micro_batch_size or len(rollout))]
-        logprobs, ref_logprobs, values, scores = (torch.cat(column) for column in zip(*parts, strict=True))
-        mask = rollout.action_mask
-        kl = kl_estimate(logprobs, ref_logprobs, self.ppo.kl_estimator)  # (B, A)
-        shaped = self._shape_scores(scores, rollout.ended)  # (B,)
-        rewards = shape_rewards(shaped, kl, mask, kl_coef=self.kl.value)  # (B, A)
-        advantages, returns = gae(rewards, values, mask, gamma=self.ppo.gamma, gae_lambda=self.ppo.gae_lambda)
+        judged = Judged(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        tokens, masks = rollout.action_mask, self._masks(rollout)
+        shaped = self._shape_scores(judged.scores, rollout)  # (B,)
+        rewards = self._rewards(shaped, judged, masks.rewarded)  # (B, A)
+        advantages, returns = gae(rewards, judged.values, masks.rewarded, gamma=self.ppo.gamma, gae_lambda=self.ppo.gae_lambda)
         sums = {
-            "rows": torch.tensor(float(len(mask)), device=mask.device),
-            "tokens": mask.sum(),
-            "score": scores.sum(),
+            "rows": torch.tensor(float(len(tokens)), device=tokens.device),
+            "tokens": tokens.sum(),
             "shaped": shaped.sum(),
-            "k1": masked_sum(logprobs - ref_logprobs, mask),
-            "k3": masked_sum(kl_estimate(logprobs, ref_logprobs, "k3"), mask),
+            "k1": masked_sum(judged.logprobs - judged.ref_logprobs, tokens),
+            "k3": masked_sum(kl_estimate(judged.logprobs, judged.ref_logprobs, "k3"), tokens),
             "ended": rollout.ended.sum(),
-            "reward": masked_sum(rewards, mask),
+            "reward": masked_sum(rewards, masks.rewarded),
         }
         moments = {
-            "advantage": masked_sums(advantages, mask),
-            "return": masked_sums(returns, mask),
-            "error": masked_sums(returns - values, mask),
+            "score": masked_sums(judged.scores, torch.ones_like(rollout.ended)),
+            "advantage": masked_sums(advantages, masks.trained),
+            "return": masked_sums(returns, masks.trained),
+            "error": masked_sums(returns - judged.values, masks.trained),
         }
-        importance, apart, largest = self._compare_with_sampler(rollout, logprobs)
+        importance, apart, largest = self._compare_with_sampler(rollout, judged.logprobs)
         seen = self._describe(sums | apart, moments) | largest
         if self.ppo.whiten_advantages:
-            advantages = whiten(advantages, mask, moments["advantage"])
+            advantages = whiten(advantages, masks.trained, moments["advantage"], unbiased=self.ppo.whiten_unbiased)
         experience = Experience(
-            ids=rollout.ids, mask=rollout.mask, action_mask=mask, logprobs=logprobs, values=values, advantages=advantages, returns=returns,
-            importance=importance,
+            ids=rollout.ids, mask=rollout.mask, action_mask=masks.trained, logprobs=judged.logprobs, values=judged.values,
+            advantages=advantages, returns=returns, importance=importance,
+            ref_logprobs=judged.ref_logprobs if self.ppo.kl_in == "loss" else None,
         )  # fmt: skip
         self.kl.update(seen["rollout/kl"], self.ppo.batch_size * self.ppo.samples_per_prompt)
         return experience, seen
+
+    def _masks(self, rollout: Rollout) -> AnswerMasks:
+        return answer_masks(
+            rollout.action_mask, rollout.ended, pad_is_end=self.ppo.pad_is_end, score_slot=self.ppo.score_slot,
+            min_answer_tokens=self.ppo.min_answer_tokens,
+        )  # fmt: skip
 
     def _require_logprobs(self, rollout: Rollout) -> None:
         key = "old_logprobs=rollout" if self.ppo.old_logprobs == "rollout" else "importance_cap"
@@ -124,11 +149,11 @@ class PPO(RoleModule):
             sums["importance"] = masked_sum(importance, mask)
         return importance, sums, {"rollout/mismatch_max": float(self.strategy.max_over_ranks(apart.largest))}
 
-    def _judge(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Old logprobs and those of ref (B, A), values (B, A) and the reward model's score of the finished answer (B,)."""
+    def _judge(self, rollout: Rollout) -> Judged:
         answers = rollout.ids[:, rollout.prompt_length :]  # (B, A)
         width = answers.shape[1] + 1  # row P - 1 of the logits predicts the first answer token
-        mask = rollout.action_mask
+        masks = self._masks(rollout)
+        used = rollout.action_mask | masks.rewarded  # (B, A)
         if self.ppo.old_logprobs == "rollout":
             assert rollout.logprobs is not None, "refused before"
             logprobs = rollout.logprobs.float()
@@ -136,18 +161,29 @@ class PPO(RoleModule):
             logprobs = token_logprobs(self.actor(rollout.ids, rollout.mask, last=width)[:, :-1], answers, temperature=self.temperature)
         ref_logprobs = token_logprobs(self.ref(rollout.ids, rollout.mask, last=width)[:, :-1], answers, temperature=self.temperature)
         values = self.critic(rollout.ids, rollout.mask)[:, -width:-1]
-        score = end_scores(self.reward(rollout.ids, rollout.mask), rollout.mask)
-        return logprobs.where(mask, 0), ref_logprobs.where(mask, 0), values.where(mask, 0), score
+        judged = self.reward(rollout.ids, rollout.mask)  # (B, P + A)
+        scores = answer_scores(judged, rollout.mask[:, : rollout.prompt_length], masks.counted, score_from=self.ppo.score_from)
+        return Judged(logprobs.where(used, 0), ref_logprobs.where(used, 0), values.where(used, 0), scores)
 
-    def _shape_scores(self, scores: Tensor, ended: Tensor) -> Tensor:  # (B,), (B,) -> (B,)
-        if self.ppo.reward_scaling:
-            self.score_moments.update(self.strategy.sum_over_ranks(masked_sums(scores, torch.ones_like(ended))))
-            scores = scores / max(self.score_moments.std, 1e-8)
-        if self.ppo.missing_eos_penalty is not None:
-            scores = scores - self.ppo.missing_eos_penalty * (~ended).float()
-        if self.ppo.reward_clip is not None:
-            scores = scores.clamp(-self.ppo.reward_clip, self.ppo.reward_clip)
-        return scores
+    def _shape_scores(self, scores: Tensor, rollout: Rollout) -> Tensor:  # (B,) -> (B,)
+        ppo = self.ppo
+        if ppo.reward_scaling or ppo.reward_centering:
+            if ppo.reward_moments == "running" or self.score_moments.count == 0:
+                self.score_moments.update(self.strategy.sum_over_ranks(masked_sums(scores, torch.ones_like(rollout.ended))))
+            scores = self.score_moments.normalize(scores, center=ppo.reward_centering, scale=ppo.reward_scaling)
+        return shape_scores(
+            scores, rollout.ended, rollout.lengths, missing_eos_penalty=ppo.missing_eos_penalty, missing_eos_score=ppo.missing_eos_score,
+            length_penalty=ppo.length_penalty, length_free=ppo.length_free, clip=ppo.reward_clip,
+        )  # fmt: skip
+
+    def _rewards(self, shaped: Tensor, judged: Judged, rewarded: Tensor) -> Tensor:
+        """(B,) scores, (B, A) bool slots -> (B, A) the reward of each slot."""
+        kl = kl_estimate(judged.logprobs, judged.ref_logprobs, self.ppo.kl_estimator, clamp=self.ppo.kl_clamp)  # (B, A)
+        rewards = shape_rewards(shaped, kl, rewarded, kl_coef=self.kl.value if self.ppo.kl_in == "reward" else 0.0)  # (B, A)
+        if not self.ppo.whiten_rewards:
+            return rewards
+        sums = self.strategy.sum_over_ranks(masked_sums(rewards, rewarded))
+        return whiten(rewards, rewarded, sums, shift_mean=False, unbiased=self.ppo.whiten_unbiased)
 
     def _describe(self, sums: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, float]:
         """Metrics of an iteration's answers over all ranks; `moments` are replaced by their global sums."""
@@ -156,25 +192,7 @@ class PPO(RoleModule):
         for i, name in enumerate(moments):
             moments[name] = flat[len(sums) + 3 * i : len(sums) + 3 * i + 3]
         total = as_scalars(dict(zip(sums, flat, strict=False)))
-        rows, tokens = total["rows"], max(1.0, total["tokens"])
-        advantage, returns, error = (_mean_and_variance(m.tolist()) for m in moments.values())
-        apart = {"mismatch_abs": "rollout/mismatch_abs", "mismatch_kl": "rollout/mismatch_kl", "importance": "actor/importance_weight"}
-        return {
-            "rollout/reward": total["score"] / rows,
-            "rollout/shaped_reward": total["shaped"] / rows,
-            "rollout/return": total["reward"] / rows,
-            "rollout/kl": total["k1"] / rows,
-            "rollout/kl_k3": total["k3"] / rows,
-            "rollout/kl_per_token": total["k1"] / tokens,
-            "rollout/length": total["tokens"] / rows,
-            "rollout/eos_rate": total["ended"] / rows,
-            "ppo/kl_coef": self.kl.value,
-            "ppo/advantage_mean": advantage[0],
-            "ppo/advantage_std": advantage[1] ** 0.5,
-            "ppo/return_mean": returns[0],
-            "ppo/return_std": returns[1] ** 0.5,
-            "critic/explained_variance": 1 - error[1] / max(returns[1], 1e-12),
-        } | {name: total[key] / tokens for key, name in apart.items() if key in total}
+        return answer_metrics(total, {name: m.tolist() for name, m in moments.items()}, kl_coef=self.kl.value)
 
     # --- learning ---
 
@@ -203,28 +221,35 @@ class PPO(RoleModule):
         totals |= {"ratio_max": ratio_max, "ratio_first": ratio_first, "mismatch_max": mismatch_max}
         # Only the first minibatch meets the weights that sampled.
         totals |= {name: sums[name] / sums["tokens"].clamp(min=1) for name in ("mismatch_abs", "mismatch_kl") if name in sums}
-        return self._report(as_scalars(totals)) | step_metrics(results)
+        return learning_metrics(as_scalars(totals)) | step_metrics(results)
 
     def _minibatches(self, rows: int, epoch: int) -> list[Tensor]:
         world, rank = self.strategy.world_size, self.global_rank
         seed = (self.seed * 1_000_003 + self.iteration) * 1_009 + epoch
-        return minibatch_rows(rows * world, self.ppo.minibatch_size, rank=rank, world_size=world, seed=seed)
+        return minibatch_rows(
+            rows * world, self.ppo.minibatch_size, rank=rank, world_size=world, seed=seed, shuffle=self.ppo.shuffle, first_pass=epoch == 0
+        )
 
     def _minibatch(self, batch: Experience, results: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step of actor and critic. Returns sums over all ranks, and (2,) the largest ratio and mismatch of this rank."""
-        tokens = self.strategy.sum_over_ranks(batch.action_mask.sum().double())
+        mask = batch.action_mask
+        tokens, sequences = self.strategy.sum_over_ranks(torch.stack([mask.sum(), mask.any(dim=1).sum()]).double()).unbind()
         actor_learns = self.iteration >= self.ppo.critic_warmup
         sums: dict[str, Tensor] = {}
         largest = torch.zeros(2, device=self.device)
-        for micro in batch.micro_batches(self.ppo.micro_batch_size or len(batch)):
+        micros = list(batch.micro_batches(self.ppo.micro_batch_size or len(batch)))
+        for micro in micros:
+            weights = mean_weights(
+                micro.action_mask, self.ppo.loss_mean, tokens=tokens, sequences=sequences, parts=len(micros) * self.strategy.world_size
+            )  # (B, A)
             part: dict[str, Tensor] = {}
             if actor_learns:
-                loss, policy, peaks = self._policy_loss(micro)
-                self.strategy.backward("actor", loss / tokens)
+                losses, policy, peaks = self._policy_loss(micro)
+                self.strategy.backward("actor", (losses * weights).sum())
                 part |= policy
                 largest = torch.maximum(largest, peaks)
-            loss, value = self._value_loss(micro)
-            self.strategy.backward("critic", self.ppo.value_loss_coef * loss / tokens)
+            losses, value = self._value_loss(micro)
+            self.strategy.backward("critic", self.ppo.value_loss_coef * (losses * weights).sum())
             part |= value
             results.update(self.strategy.step("actor", "critic") if actor_learns else self.strategy.step("critic"))
             sums = {name: sums.get(name, 0) + x.detach().double() for name, x in part.items()}
@@ -232,58 +257,45 @@ class PPO(RoleModule):
         return dict(zip(sums, flat, strict=True)) | {"tokens": tokens, "steps": torch.ones_like(tokens)}, largest
 
     def _policy_loss(self, batch: Experience) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Summed over tokens: clipped surrogate minus the entropy bonus (Schulman et al. 2017, eq. 7 and 9).
+        """Clipped surrogate (Schulman et al. 2017, eq. 7) less the entropy bonus (eq. 9), plus the KL penalty where it is in the loss.
 
         Returns:
-            The loss, what else was summed, and (2,) the largest ratio and the largest mismatch with the sampler.
+            The loss of each token (B, A), zero where masked; sums over tokens; and (2,) the largest ratio and mismatch with the sampler.
         """
         mask, width = batch.action_mask, batch.action_mask.shape[1]
         logits = self.actor(batch.ids, batch.mask, last=width + 1)[:, :-1]  # (B, A, V)
         logprobs, entropy = logprobs_and_entropy(logits, batch.ids[:, -width:], temperature=self.temperature)
         policy = policy_loss(
             logprobs, batch.logprobs, batch.advantages, mask, clip_range=self.ppo.clip_range, log_ratio_clamp=self.ppo.log_ratio_clamp,
-            importance=batch.importance,
+            dual_clip=self.ppo.dual_clip, importance=batch.importance,
         )  # fmt: skip
-        loss, entropies = masked_sum(policy.loss, mask), masked_sum(entropy, mask)
         sums = {
-            "policy_loss": loss,
-            "entropy": entropies,
+            "policy_loss": masked_sum(policy.loss, mask),
+            "entropy": masked_sum(entropy, mask),
             "clipped": masked_sum(policy.clipped.float(), mask),
             "approx_kl": masked_sum(batch.logprobs - logprobs.detach(), mask),
+            "approx_kl_k3": masked_sum(kl_estimate(batch.logprobs, logprobs.detach(), "k3"), mask),
         }
-        peaks = torch.stack([policy.ratio.where(mask, 0).max(), torch.zeros_like(loss.detach())])
+        losses = policy.loss - self.ppo.entropy_coef * torch.where(mask, entropy, 0)  # (B, A)
+        if batch.ref_logprobs is not None:
+            # Masked slots are replaced before the estimate, as in the ratio.
+            logprobs_or_zero, ref_or_zero = (torch.where(mask, x, 0) for x in (logprobs, batch.ref_logprobs))
+            kl = kl_estimate(logprobs_or_zero, ref_or_zero, self.ppo.kl_estimator, clamp=self.ppo.kl_clamp)  # (B, A)
+            sums["ref_kl"] = kl.sum()
+            losses = losses + self.kl.value * kl
+        peaks = torch.stack([policy.ratio.where(mask, 0).max(), torch.zeros_like(sums["entropy"].detach())])
         if self.ppo.old_logprobs == "rollout":
             apart = mismatch(logprobs, batch.logprobs, mask)
             sums |= {"mismatch_abs": apart.absolute, "mismatch_kl": apart.kl}
             peaks[1] = apart.largest
-        return loss - self.ppo.entropy_coef * entropies, sums, peaks
+        return losses, sums, peaks
 
     def _value_loss(self, batch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each token (B, A), and sums over tokens."""
         mask, width = batch.action_mask, batch.action_mask.shape[1]
         values = self.critic(batch.ids, batch.mask)[:, -width - 1 : -1]  # (B, A)
         value = value_loss(values, batch.values, batch.returns, mask, value_clip_range=self.ppo.value_clip_range)
-        loss = masked_sum(value.loss, mask)
-        return loss, {"value_loss": loss, "value_clipped": masked_sum(value.clipped.float(), mask)}
-
-    def _report(self, totals: dict[str, float]) -> dict[str, float]:
-        tokens = max(1.0, totals["tokens"])
-        metrics = {
-            "critic/loss": totals["value_loss"] / tokens,
-            "critic/clip_fraction": totals["value_clipped"] / tokens,
-            "ppo/optimizer_steps": totals["steps"],
-        }
-        if "policy_loss" in totals:
-            metrics |= {
-                "actor/loss": totals["policy_loss"] / tokens,
-                "actor/entropy": totals["entropy"] / tokens,
-                "actor/clip_fraction": totals["clipped"] / tokens,
-                "actor/approx_kl": totals["approx_kl"] / tokens,
-                "actor/ratio_max": totals["ratio_max"],
-                "actor/ratio_first": totals["ratio_first"],
-            }
-        if "mismatch_abs" in totals:
-            metrics |= {f"rollout/{name}": totals[name] for name in ("mismatch_abs", "mismatch_max", "mismatch_kl")}
-        return metrics
+        return value.loss, {"value_loss": masked_sum(value.loss, mask), "value_clipped": masked_sum(value.clipped.float(), mask)}
 
     # --- resume ---
 
@@ -294,10 +306,3 @@ class PPO(RoleModule):
         super().load_state(state)
         self.kl.load_state_dict(state["kl"])
         self.score_moments.load_state_dict(state["score_moments"])
-
-
-def _mean_and_variance(sums: list[float]) -> tuple[float, float]:
-    """From count, sum and sum of squares."""
-    count, total, squares = max(1.0, sums[0]), sums[1], sums[2]
-    mean = total / count
-    return mean, max(0.0, squares / count - mean * mean)

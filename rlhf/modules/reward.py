@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf.algorithms.losses import end_scores, pairwise_end_loss, pairwise_token_loss
 from rlhf.models.factory import Blueprint
 from rlhf.modules.base import RoleModule, as_scalars, step_metrics
+from rlhf.modules.heads import restart_head
 from rlhf.settings import RewardTrainingConfig
 from rlhf.types import PairBatch
 
@@ -26,6 +27,11 @@ class RewardModel(RoleModule):
     def __init__(self, rm: RewardTrainingConfig, blueprints: dict[str, Blueprint]) -> None:
         super().__init__(blueprints)
         self.rm = rm
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.rm.head_init != "normal":
+            restart_head(self, "reward", self.rm.head_init)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         with self.clock("train"):

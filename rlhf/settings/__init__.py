@@ -6,11 +6,12 @@ raises ValueError that begins with the field's name; `rlhf.config.build` puts th
 
 from rlhf.settings.bench import ParityBenchConfig, RolloutBenchConfig
 from rlhf.settings.data import ChatFormat, DataConfig
+from rlhf.settings.dpo import DPOConfig
+from rlhf.settings.ppo import PPOConfig
 from rlhf.settings.roles import FrozenConfig, LoraConfig, ModelConfig, OptimizerConfig, RoleConfig, SchedulerConfig, ZeroConfig
 from rlhf.settings.run import HardwareConfig, LauncherConfig, TrainerConfig
 from rlhf.settings.steps import (
     EvaluationConfig,
-    PPOConfig,
     RewardTrainingConfig,
     RolloutConfig,
     SFTConfig,
@@ -20,6 +21,7 @@ from rlhf.settings.steps import (
 
 __all__ = [
     "ChatFormat",
+    "DPOConfig",
     "DataConfig",
     "EvaluationConfig",
     "FrozenConfig",

@@ -15,3 +15,7 @@ def require_in(name: str, value: float, low: float, high: float = float("inf")) 
 def require_at_least_one(**values: int) -> None:
     for name, value in values.items():
         require(value >= 1, f"{name} must be at least 1, got {value}")
+
+
+def require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{name} must be {' or '.join(choices)}, got {value}")

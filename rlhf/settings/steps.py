@@ -1,4 +1,4 @@
-"""The three steps of the recipe and their evaluation.
+"""The supervised steps of the recipe, rollouts and evaluation; `ppo.py` has PPO.
 
 Types and ranges only: the values live in conf/.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf.settings.ranges import require, require_at_least_one, require_in
+from rlhf.settings.ranges import require, require_at_least_one, require_in, require_one_of
 from rlhf.settings.roles import OptimizerConfig, SchedulerConfig
 
 
@@ -46,100 +46,14 @@ class SFTConfig(StepConfig):
 class RewardTrainingConfig(StepConfig):
     loss: Literal["end", "tokens"]
     """Pairwise loss on the score at the last token, or on every token from the first difference on (as DeepSpeed-Chat)."""
+    head_init: Literal["normal", "uniform", "zeros"]
+    """The head before the first step. normal: that of the weights, and where they have none, standard deviation 1/sqrt(D + 1). The others
+    replace any head: uniform in +-1/sqrt(D), zeros."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.loss in ("end", "tokens"), f"loss must be end or tokens, got {self.loss}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PPOConfig:
-    """Hyperparameters of one PPO run; conf/ppo/*.yaml says where each value comes from."""
-
-    iterations: int | None
-    """PPO iterations. None: one pass over the prompts."""
-    batch_size: int
-    """Prompts of one iteration, over all ranks."""
-    samples_per_prompt: int
-    minibatch_size: int
-    """Sequences of one optimizer step, over all ranks."""
-    micro_batch_size: int | None
-    """Sequences of one training forward pass on one rank. None: the rank's whole share of the minibatch."""
-    score_micro_batch_size: int | None
-    """Sequences of one scoring forward pass on one rank. None: all of them."""
-    epochs: int
-    """Passes over one iteration's experience."""
-    kl_coef: float
-    kl_estimator: Literal["k1", "k2", "k3"]
-    kl_target: float | None
-    """Adaptive KL controller: mean KL of a sequence it steers to. None: `kl_coef` stays fixed."""
-    kl_horizon: int
-    """Sequences over which the adaptive controller reacts."""
-    reward_clip: float | None
-    reward_scaling: bool
-    """Divides scores by the running standard deviation of all scores so far."""
-    missing_eos_penalty: float | None
-    """Subtracted from the score of an answer that did not end. None: off."""
-    gamma: float
-    gae_lambda: float
-    whiten_advantages: bool
-    clip_range: float
-    value_clip_range: float | None
-    value_loss_coef: float
-    entropy_coef: float
-    log_ratio_clamp: float
-    """Bound on |log ratio| before the exponential, so that it stays finite."""
-    max_kl: float | None
-    """Skips the rest of an iteration's minibatches once the mean k1 KL to the old policy passes this. None: off."""
-    critic_warmup: int
-    """Iterations in which only the critic learns."""
-    critic_init: Literal["reward", "actor"]
-    old_logprobs: Literal["actor", "rollout"]
-    """Log-probabilities that the policy's ratio is taken against: the actor's, from a forward pass over the finished answers, or those
-    that the rollout engine computed while it sampled, which saves that pass. `rollout` needs rollout.engine=hybrid_engine."""
-    importance_cap: float | None
-    """Truncated importance sampling, for old_logprobs=actor: the policy loss of a token is multiplied by min(p_actor / p_rollout,
-    this cap), both before the first update. Needs rollout.engine=hybrid_engine. None: off."""
-    actor_optimizer: OptimizerConfig
-    actor_scheduler: SchedulerConfig
-    critic_optimizer: OptimizerConfig
-    critic_scheduler: SchedulerConfig
-
-    def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "samples_per_prompt",
-            "minibatch_size",
-            "micro_batch_size",
-            "score_micro_batch_size",
-            "epochs",
-            "kl_horizon",
-        ):
-            require(getattr(self, name) is None or getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("kl_coef", "value_loss_coef", "critic_warmup", "clip_range"):
-            require_in(name, getattr(self, name), 0)
-        require_in("gamma", self.gamma, 0, 1)
-        require_in("gae_lambda", self.gae_lambda, 0, 1)
-        require(self.kl_estimator in ("k1", "k2", "k3"), f"kl_estimator must be k1, k2 or k3, got {self.kl_estimator}")
-        require(self.critic_init in ("reward", "actor"), f"critic_init must be reward or actor, got {self.critic_init}")
-        for name in ("kl_target", "reward_clip", "value_clip_range", "max_kl"):
-            require(getattr(self, name) is None or getattr(self, name) > 0, f"{name} must be positive or null, got {getattr(self, name)}")
-        require(self.old_logprobs in ("actor", "rollout"), f"old_logprobs must be actor or rollout, got {self.old_logprobs}")
-        require(
-            self.importance_cap is None or self.importance_cap >= 1, f"importance_cap must be at least 1 or null, got {self.importance_cap}"
-        )
-        require(
-            self.importance_cap is None or self.old_logprobs == "actor",
-            f"importance_cap={self.importance_cap} goes with old_logprobs=actor only: with old_logprobs=rollout the ratio already is against "
-            "the sampler",
-        )
-        require(self.log_ratio_clamp > 0, f"log_ratio_clamp must be positive, got {self.log_ratio_clamp}")
-        require(self.iterations is None or self.iterations >= 0, f"iterations must not be negative, got {self.iterations}")
-        total = self.batch_size * self.samples_per_prompt
-        require(
-            total % self.minibatch_size == 0,
-            f"minibatch_size must divide batch_size x samples_per_prompt = {total}, got {self.minibatch_size}",
-        )
+        require_one_of("head_init", self.head_init, ("normal", "uniform", "zeros"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +125,8 @@ class EvaluationConfig:
     """What the two policies are called in metrics: the one before (`ref`), then the one after (`actor`)."""
     prompts: int
     """Held-out prompts that both policies answer; 0: none."""
+    samples: int
+    """Answers to each of these prompts."""
     pairs: int
     """Held-out pairs on which the reward model is judged; 0: none."""
     texts: int
@@ -226,5 +142,5 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name in ("prompts", "pairs", "texts"):
             require_in(name, getattr(self, name), 0)
-        require_at_least_one(batch_size=self.batch_size)
+        require_at_least_one(batch_size=self.batch_size, samples=self.samples)
         require(len(self.names) == 2 and self.names[0] != self.names[1], f"names must be two different names, got {self.names}")

@@ -28,3 +28,11 @@ class Slow(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         time.sleep(self.seconds)
+
+
+class Poison(Callback):
+    """Makes the reward model answer NaN from the second iteration on."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.iteration == 1:
+            pl_module.strategy.network("reward").model.score.weight.data.fill_(float("nan"))

@@ -141,6 +141,53 @@ RULES = {
         ("ppo.importance_cap=2 goes with old_logprobs=actor only", "already is against the sampler"),
     ),
     "importance cap below one": ((*PPO, *HYBRID, "ppo.importance_cap=0.5"), ("ppo.importance_cap must be at least 1 or null, got 0.5",)),
+    "greedy rollouts unasked for": (
+        (*PPO, "rollout.temperature=0"), ("rollout.temperature=0 samples greedily", "ppo.greedy_rollouts=true and rollout.temperature=1"),
+    ),
+    "greedy rollouts at a temperature": (
+        (*PPO, "ppo.greedy_rollouts=true", "rollout.temperature=0.7"),
+        ("ppo.greedy_rollouts=true takes the likeliest token", "rollout.temperature=0.7 would say nothing", "set it to 1"),
+    ),
+    "greedy rollouts from the likeliest few": (
+        (*PPO, "ppo.greedy_rollouts=true", "rollout.top_k=5"), ("ppo.greedy_rollouts=true", "rollout.top_k=5 would say nothing", "set it to 0"),
+    ),
+    "the same greedy answer twice": (
+        (*PPO, "ppo.greedy_rollouts=true", "ppo.samples_per_prompt=2"), ("ppo.greedy_rollouts=true gives samples_per_prompt=2 times the same",),
+    ),
+    "every answer is too short": (
+        (*PPO, "ppo.min_answer_tokens=9"), ("ppo.min_answer_tokens=9 passes rollout.max_new_tokens=8", "no answer would be trained on"),
+    ),
+    "no answer is too long": (
+        (*PPO, "ppo.length_penalty=0.1", "ppo.length_free=8"),
+        ("ppo.length_penalty=0.1 never acts", "ppo.length_free=8 reaches rollout.max_new_tokens=8"),
+    ),
+    "free length without a penalty": ((*PPO, "ppo.length_free=4"), ("ppo.length_free=4 acts with length_penalty above 0 only",)),
+    "KL in the loss with a controller": (
+        (*PPO, "ppo.kl_in=loss", "ppo.kl_estimator=k3", "ppo.kl_target=6"),
+        ("ppo.kl_target=6 steers the penalty in the reward, but kl_in=loss", "set kl_target to null or kl_in to reward"),
+    ),
+    "KL in the loss without a gradient": (
+        (*PPO, "ppo.kl_in=loss"), ("ppo.kl_in=loss needs kl_estimator k2 or k3", "the gradient of k1 is zero on average"),
+    ),
+    "a controller of nothing": ((*PPO, "ppo.kl_target=6", "ppo.kl_coef=0"), ("ppo.kl_target=6 multiplies kl_coef, which stays 0",)),
+    "two rules for answers without an end": (
+        (*PPO, "ppo.missing_eos_score=-1", "ppo.missing_eos_penalty=1"), ("ppo.missing_eos_penalty and missing_eos_score exclude each other",),
+    ),
+    "moments that nobody uses": ((*PPO, "ppo.reward_moments=reference"), ("ppo.reward_moments=reference acts with reward_scaling or",)),
+    "a variance that nobody uses": (
+        (*PPO, "ppo.whiten_advantages=false", "ppo.whiten_unbiased=true"), ("ppo.whiten_unbiased=true acts with whiten_advantages or",),
+    ),
+    "a slot that the sampler does not know": (
+        (*PPO, *HYBRID, "ppo.score_slot=past_end", "ppo.old_logprobs=rollout"),
+        ("ppo.score_slot=past_end with pad_is_end=false", "choose old_logprobs=actor"),
+    ),
+    "dual clip below one": ((*PPO, "ppo.dual_clip=0.9"), ("ppo.dual_clip must be above 1 or null, got 0.9",)),
+    "a clamp of nothing": ((*PPO, "ppo.kl_clamp=0"), ("ppo.kl_clamp must be positive or null, got 0",)),
+    "an unknown mean": ((*PPO, "ppo.loss_mean=tokens"), ("ppo.loss_mean: expected one of global, local, sequence, got 'tokens'",)),
+    "a head that nobody knows": ((*REWARD, "rm.head_init=ones"), ("rm.head_init: expected one of normal, uniform, zeros, got 'ones'",)),
+    "a critic like the actor that is another network": (
+        (*PPO, "ppo=n_details", "model@critic.model=tiny-opt"), ("ppo.critic_init=actor needs critic.model and actor.model to be the same",),
+    ),
     "no slots": ((*PPO, *HYBRID, "rollout.micro_batch_size=0"), ("rollout.micro_batch_size must be at least 1, got 0",)),
     "no cache": ((*PPO, *HYBRID, "rollout.max_out_tokens=0"), ("rollout.max_out_tokens must be at least 1, got 0",)),
     "no prefill": ((*PPO, *HYBRID, "rollout.prefill_tokens=0"), ("rollout.prefill_tokens must be at least 1, got 0",)),
