@@ -80,7 +80,7 @@ class Comparison(RoleModule):
                 rollout = self.engine.generate(role, batch, samples=self.samples)
             answers = self.decode(rollout.ids[:, rollout.prompt_length :])
             ended = rollout.ended.tolist()
-            self._measure(role, name, rollout)
+            self._measure(role, name, rollout, prompts=len(batch))
             for row, answer in zip(rows, answers, strict=True):
                 row[name] = answer
             if self.gold is not None:
@@ -91,7 +91,7 @@ class Comparison(RoleModule):
         self._add({"prompts": float(len(prompts))})
         self.rows += rows
 
-    def _measure(self, role: str, name: str, rollout: Rollout) -> None:
+    def _measure(self, role: str, name: str, rollout: Rollout, *, prompts: int) -> None:
         mask, width = rollout.action_mask, rollout.action_mask.shape[1]
         answers = rollout.ids[:, -width:]  # (B, A)
         self._add({f"length/{name}": mask.sum(), f"ended/{name}": rollout.ended.sum()})
@@ -104,7 +104,8 @@ class Comparison(RoleModule):
                 own = token_logprobs(self.actor(rollout.ids, rollout.mask, last=width + 1)[:, :-1], answers)
                 self._add({"k1": masked_sum(own - ref, mask), "k3": masked_sum(kl_estimate(own, ref, "k3"), mask)})
         pairs = self.bigrams.setdefault(name, [])
-        for tokens, length in zip(answers.tolist(), mask.sum(dim=1).tolist(), strict=True):
+        first = slice(prompts)  # one answer to each prompt: the share of different pairs falls with the number of answers
+        for tokens, length in zip(answers[first].tolist(), mask[first].sum(dim=1).tolist(), strict=True):
             pairs += itertools.pairwise(tokens[:length])
 
     def results(self) -> dict[str, float]:
