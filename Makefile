@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP) ## the quickstart: SFT, reward model, PPO, in minutes on a CPU
 	$(BIN)/rlhf pipeline
 
-test: $(STAMP) ## lint, types, tests
+test: $(STAMP) $(VENV)/.kernels ## lint, types, tests
 	$(BIN)/ruff check rlhf tests
 	$(BIN)/ruff format --check rlhf tests
 	$(BIN)/mypy
@@ -20,6 +20,10 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
+
+$(VENV)/.kernels: $(STAMP) ## Triton, whose interpreter runs the GPU kernels on a CPU; builds of torch for GPUs bring their own
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[kernels]'
+	touch $(VENV)/.kernels
 
 clean: ## removes the virtual environment and what tools left
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
