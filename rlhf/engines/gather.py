@@ -36,6 +36,7 @@ def gathered_for_writing(parameters: list[nn.Parameter]) -> AbstractContextManag
 
 @contextmanager
 def whole(network: nn.Module) -> Iterator[None]:
-    """All of a network's parameters whole at once: for generation, where a gather for every token would cost far more."""
+    """All of a network's parameters whole at once. DeepSpeed's hooks still act on each module that runs inside, so a forward pass costs about
+    what it costs outside; the hybrid engine runs no module of the network and pays one gather."""
     with gathered(list(network.parameters())):
         yield
