@@ -10,11 +10,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf.config import UserError
+from rlhf.config import UserError, nearest
 from rlhf.engines.ema import AveragedWeights
 from rlhf.logging import log
 from rlhf.models.export import export_network
 from rlhf.modules.base import RoleModule
+
+LEARNERS = ("actor", "critic", "reward")
+"""Roles that some step trains; a pipeline's other steps have nothing to average."""
 
 
 class MovingAverage(Callback):
@@ -29,8 +32,10 @@ class MovingAverage(Callback):
             decay: how much of the average stays at each iteration.
 
         Raises:
-            UserError: a decay outside [0, 1).
+            UserError: a decay outside [0, 1), or no such role.
         """
+        if role not in LEARNERS:
+            raise UserError(f"callbacks.ema.role: {role} never learns{nearest(role, LEARNERS)}; there are {', '.join(LEARNERS)}")
         if not 0 <= decay < 1:
             raise UserError(f"callbacks.ema.decay must lie in [0, 1), got {decay}")
         self.role, self.decay = role, decay

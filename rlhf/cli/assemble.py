@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from rlhf.callbacks.checkpoint import Checkpoint
@@ -224,9 +225,18 @@ class Job:
 
 
 def with_context(node: Mapping[str, Any], context: Mapping[str, Any]) -> Any:
-    """Builds a `_target_` node, giving its constructor what it asks for by name and the node does not say."""
+    """Builds a `_target_` node, giving its constructor what it asks for by name and the node does not say.
+
+    Raises:
+        UserError: the constructor refuses its arguments.
+    """
     parameters = inspect.signature(locate(node["_target_"])).parameters
-    return instantiate(dict(node), **{k: v for k, v in context.items() if k in parameters and k not in node})
+    try:
+        return instantiate(dict(node), **{k: v for k, v in context.items() if k in parameters and k not in node})
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        raise
 
 
 def check_targets(config: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ sequences, A answer tokens at most, S slots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,7 +49,6 @@ class Glance:
     owners: dict[int, int]
     """Slot -> the sequence that was in it."""
     event: torch.cuda.Event | None = None
-    facts: list[str] = field(default_factory=list)
 
 
 class Generator:

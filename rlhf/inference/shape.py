@@ -49,7 +49,3 @@ class DecoderShape:
     @property
     def qkv_width(self) -> int:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
-
-    def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """Keys and values of one token in all layers, in bytes."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * element_bytes

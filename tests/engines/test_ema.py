@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 from test_resume import SMALL, ppo
 from tiny import write_pairs
 
+from rlhf.cli.assemble import with_context
+from rlhf.config import UserError
+
 DECAY = 0.7
 EMA = (
     "+callbacks.ema._target_=rlhf.callbacks.ema.MovingAverage", "+callbacks.ema.role=actor", f"+callbacks.ema.decay={DECAY}",
@@ -67,3 +70,16 @@ def test_killed_and_resumed_keeps_the_average(tmp_path: Path) -> None:
     files = [tmp_path / run / "export" / "actor_ema" / "model.safetensors" for run in ("whole", "killed")]
     first, second = (load_file(file) for file in files)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("callbacks.ema.decay=1.0", r"callbacks\.ema\.decay must lie in \[0, 1\)"),
+        ("callbacks.ema.role=acter", r"acter never learns \(did you mean 'actor'\?\)"),
+    ],
+)
+def test_options_are_refused_before_anything_is_built(options: str, reason: str, tmp_path: Path) -> None:
+    node = composed("ppo", "callbacks=ema", options, f"run_dir={tmp_path}")["callbacks"]["ema"]
+    with pytest.raises(UserError, match=reason):
+        with_context(node, {"folder": tmp_path, "tokenizer": None})

@@ -41,6 +41,18 @@ def _turned(pointer, d, inside, norm, at, cos, sin, partner, eps, HD: tl.constex
 
 
 @triton.jit
+def _appended(
+    key, value, keys, values, d, inside, k_norm, at, cos, sin, partner, eps, HD: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr
+):
+    """The new token's key (turned, fp32) and value, (HD_PAD,) each, which now stand in the cache as well."""
+    k = _turned(key, d, inside, k_norm, at, cos, sin, partner, eps, HD, ROTARY, NORM)
+    v = tl.load(value + d, mask=inside, other=0.0)
+    tl.store(keys + at * HD + d, k.to(keys.dtype.element_ty), mask=inside)
+    tl.store(values + at * HD + d, v, mask=inside)
+    return k, v
+
+
+@triton.jit
 def _one_head(
     qkv, keys, values, out, rows, lengths, finished, cos, sin, partner, slopes, q_norm, k_norm,
     width, slot_stride, head_stride, scale, eps,
@@ -61,10 +73,8 @@ def _one_head(
     cache = slot * slot_stride + h * head_stride
     base = qkv + row * width
     q = _turned(base + h * HD, d, inside, q_norm, at, cos, sin, partner, eps, HD, ROTARY, NORM)
-    k = _turned(base + (KV + h) * HD, d, inside, k_norm, at, cos, sin, partner, eps, HD, ROTARY, NORM)
-    v = tl.load(base + (2 * KV + h) * HD + d, mask=inside, other=0.0)
-    tl.store(keys + cache + at * HD + d, k.to(dtype), mask=inside)
-    tl.store(values + cache + at * HD + d, v, mask=inside)
+    key, value = base + (KV + h) * HD, base + (2 * KV + h) * HD
+    k, v = _appended(key, value, keys + cache, values + cache, d, inside, k_norm, at, cos, sin, partner, eps, HD, ROTARY, NORM)
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + h)
@@ -112,11 +122,9 @@ def _head_group(
     d = tl.arange(0, HD_PAD)
     inside = d < HD
     base = qkv + row * width
-    k = _turned(base + (KV * GROUP + h) * HD, d, inside, k_norm, at, cos, sin, partner, eps, HD, ROTARY, NORM)
-    v = tl.load(base + (KV * GROUP + KV + h) * HD + d, mask=inside, other=0.0)
     cache = slot * slot_stride + h * head_stride
-    tl.store(keys + cache + at * HD + d, k.to(dtype), mask=inside)
-    tl.store(values + cache + at * HD + d, v, mask=inside)
+    key, value = base + (KV * GROUP + h) * HD, base + (KV * GROUP + KV + h) * HD
+    k, v = _appended(key, value, keys + cache, values + cache, d, inside, k_norm, at, cos, sin, partner, eps, HD, ROTARY, NORM)
     g = tl.arange(0, GROUP_PAD)
     q = tl.zeros((GROUP_PAD, HD_PAD), dtype=tl.float32)
     for i in tl.static_range(GROUP):
