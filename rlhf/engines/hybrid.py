@@ -235,10 +235,8 @@ class HybridEngine:
                 if limits is not None:
                     raise UserError(f"{role} answers with transformers' generate, which knows no limit for each sequence")
                 return self._plain.generate(role, prompts, samples=samples)
-            device = self.strategy.root_device
             answers = generator.generate(
-                [torch.tensor(ids, device=device) for ids in share.prompts], samples=samples, limits=share.limits,
-                sequences=share.sequences, seed=seed,
+                share.prompts, samples=samples, limits=share.limits, sequences=share.sequences, seed=seed
             )  # fmt: skip
             mine = own_rows(answers, share, samples)
         return self._rollout(prompts, mine, samples)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.inference.arena import Arena, make_arena
 from rlhf.inference.decoder import Decoder
@@ -23,6 +24,12 @@ CHECK_EVERY = 4
 
 REFILL = 4
 """Waiting prompts go in once one slot in so many is free: a prefill of few prompts costs its launches, not its arithmetic."""
+
+
+def upload(values: list[int] | list[list[int]] | Tensor, device: torch.device) -> Tensor:
+    """Integers from the host, int64. From ordinary memory the copy would wait for all work of the GPU, and the GPU then for the host."""
+    tensor = torch.as_tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass
@@ -85,10 +92,10 @@ class Generator:
         self.decoder.ops.draw(logits, self.state, rows, self.sampling)
 
     @torch.no_grad()
-    def generate(self, prompts: list[Tensor], *, samples: int, limits: list[int], sequences: list[int], seed: int) -> Answers:
+    def generate(self, prompts: list[list[int]], *, samples: int, limits: list[int], sequences: list[int], seed: int) -> Answers:
         """
         Args:
-            prompts: M tensors of token ids, without padding, on the device.
+            prompts: token ids of M prompts, without padding.
             samples: answers for each prompt; sequence s * M + i answers prompt i.
             limits: answer tokens of each sequence at most, each at most A.
             sequences: the number that each sequence draws its random numbers by.
@@ -97,14 +104,15 @@ class Generator:
         m = len(prompts)
         order = sorted(range(m), key=lambda i: -len(prompts[i]))
         queue = [Waiting(s * m + i, i, limits[s * m + i]) for i in order for s in range(samples)]
-        self._numbers = sequences
+        self._numbers, self._lengths = sequences, [len(ids) for ids in prompts]
+        self._prompts = upload(pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True), self.device)  # (M, P)
         self._reset(seed)
         out = Answers(
             tokens=torch.full((m * samples, self.new_tokens), self.sampling.pad_id, device=self.device),
             logprobs=torch.zeros(m * samples, self.new_tokens, device=self.device),
             counts=torch.zeros(m * samples, dtype=torch.int64, device=self.device),
         )
-        self._serve(prompts, queue, out)
+        self._serve(queue, out)
         behind = torch.arange(self.new_tokens, device=self.device) >= out.counts[:, None]
         out.tokens.masked_fill_(behind, self.sampling.pad_id)
         out.logprobs.masked_fill_(behind, 0.0)
@@ -119,7 +127,7 @@ class Generator:
         self.prefilled = self.decoded = 0
         self.timer.reset()
 
-    def _serve(self, prompts: list[Tensor], queue: list[Waiting], out: Answers) -> None:
+    def _serve(self, queue: list[Waiting], out: Answers) -> None:
         free = list(range(self.slots))
         active: dict[int, Waiting] = {}  # by slot
         drawn: dict[int, int] = {}  # answer tokens of each active slot, were it not to stop
@@ -128,7 +136,7 @@ class Generator:
         while queue or active:
             if queue and (not active or len(free) >= min(enough, len(queue))):
                 with self.timer("prefill"):
-                    self._refill(prompts, queue, free, active, drawn)
+                    self._refill(queue, free, active, drawn)
             self._harvest([slot for slot, row in active.items() if drawn[slot] >= row.limit], free, active, out)
             if not active:
                 continue
@@ -152,10 +160,7 @@ class Generator:
             self.steps.capture(width)
         elif slots == self._placed:
             return width
-        rows = torch.tensor(slots + [self.slots] * (width - len(slots)))
-        if self.device.type == "cuda":
-            rows = rows.pin_memory()
-        self.state.rows[:width].copy_(rows, non_blocking=True)
+        self.state.rows[:width] = upload(slots + [self.slots] * (width - len(slots)), self.device)
         self._placed = slots
         return width
 
@@ -180,18 +185,15 @@ class Generator:
         """Takes the answers out of these slots and frees them."""
         if not slots:
             return
-        at = torch.tensor(slots, device=self.device)
-        rows = torch.tensor([active.pop(slot).sequence for slot in slots], device=self.device)
+        at, rows = upload([slots, [active.pop(slot).sequence for slot in slots]], self.device)
         out.tokens[rows], out.logprobs[rows] = self.state.answers[at], self.state.logprobs[at]
         out.counts[rows] = self.state.counts[at]
         free += slots
 
-    def _refill(
-        self, prompts: list[Tensor], queue: list[Waiting], free: list[int], active: dict[int, Waiting], drawn: dict[int, int]
-    ) -> None:
+    def _refill(self, queue: list[Waiting], free: list[int], active: dict[int, Waiting], drawn: dict[int, int]) -> None:
         """Prefills as many waiting sequences as there are free slots, in passes of at most `prefill_tokens`."""
         while queue and free:
-            width = len(prompts[queue[0].prompt])
+            width = self._lengths[queue[0].prompt]  # the longest that waits
             most = max(1, self.prefill_tokens // max(1, width))
             taken: list[Waiting] = []
             chosen: dict[int, int] = {}  # prompt -> its row in this pass
@@ -200,22 +202,23 @@ class Generator:
                 chosen.setdefault(row.prompt, len(chosen))
                 taken.append(row)
             slots = [free.pop(0) for _ in taken]
-            self._prefill([prompts[i] for i in chosen], [chosen[row.prompt] for row in taken], taken, slots)
+            self._prefill(list(chosen), [chosen[row.prompt] for row in taken], taken, slots)
             active |= dict(zip(slots, taken, strict=True))
             drawn |= dict.fromkeys(slots, 1)
 
-    def _prefill(self, prompts: list[Tensor], prompt_rows: list[int], taken: list[Waiting], slots: list[int]) -> None:
+    def _prefill(self, prompts: list[int], prompt_rows: list[int], taken: list[Waiting], slots: list[int]) -> None:
         """One pass over some prompts, and the first token of each sequence that answers one of them."""
-        state, device = self.state, self.device
-        ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=0)  # (M', P')
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        at, which = torch.tensor(slots, device=device), torch.tensor(prompt_rows, device=device)
+        state = self.state
+        limits, numbers = [row.limit for row in taken], [self._numbers[row.sequence] for row in taken]
+        at, which, limits_at, numbers_at = upload([slots, prompt_rows, limits, numbers], self.device)  # (n,) each
+        rows, lengths = upload([prompts, [self._lengths[i] for i in prompts]], self.device)  # (M',) each
+        ids = self._prompts[rows, : self._lengths[prompts[0]]]  # (M', P'), the longest first
         keys, values = self.cache.tensors["keys"], self.cache.tensors["values"]
         logits = self.decoder.prefill(ids, lengths, keys, values, at, which)  # (M', V)
         self.prefilled += ids.numel()
         state.lengths[at] = lengths[which] - 1  # drawing counts the token that the logits came from
         state.counts[at] = 0
-        state.limits[at] = torch.tensor([row.limit for row in taken], device=device)
-        state.sequences[at] = torch.tensor([self._numbers[row.sequence] for row in taken], device=device)
+        state.limits[at] = limits_at
+        state.sequences[at] = numbers_at
         state.finished[at] = False
         self.decoder.ops.draw(logits[which], state, at, self.sampling)

@@ -49,7 +49,8 @@ def prompts() -> list[Tensor]:
 
 
 def generate(generator: Any) -> Any:
-    return generator.generate(prompts(), samples=1, limits=LIMITS, sequences=list(range(len(LENGTHS))), seed=1)
+    ids = [prompt.tolist() for prompt in mixed_prompts(LENGTHS)]
+    return generator.generate(ids, samples=1, limits=LIMITS, sequences=list(range(len(LENGTHS))), seed=1)
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])

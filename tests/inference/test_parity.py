@@ -29,6 +29,10 @@ class Oracle:
     """A token that ends some of the answers early, at different places."""
     stopped: Tensor  # (B, A), PAD behind `end`
 
+    @property
+    def ids(self) -> list[list[int]]:
+        return [prompt.tolist() for prompt in self.prompts]
+
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def oracle(request: pytest.FixtureRequest) -> Iterator[Oracle]:
@@ -60,7 +64,7 @@ def judged(found: Answers, oracle: Oracle, prompts: list[Tensor], *, temperature
 def test_greedy_answers_are_those_of_transformers(oracle: Oracle) -> None:
     assert len(oracle.greedy.unique()) > 5 and len(oracle.greedy.unique(dim=0)) == len(LENGTHS), "the answers say too little"
     generator = generator_of(oracle.model, slots=8)
-    found = generator.generate(oracle.prompts, samples=1, limits=FULL, sequences=[0] * 5, seed=0)
+    found = generator.generate(oracle.ids, samples=1, limits=FULL, sequences=[0] * 5, seed=0)
     assert found.tokens.tolist() == oracle.greedy.tolist()
     assert found.counts.tolist() == FULL
     judged(found, oracle, oracle.prompts)
@@ -72,18 +76,18 @@ def test_answers_end_where_transformers_ends_them(oracle: Oracle, slots: int) ->
     counts = counts_of(oracle.stopped, oracle.end)
     assert len(set(counts)) > 1, "the lengths say too little"
     generator = generator_of(oracle.model, slots=slots, prefill_tokens=24, stop_ids=(oracle.end,))
-    found = generator.generate(oracle.prompts, samples=1, limits=FULL, sequences=[0] * 5, seed=0)
+    found = generator.generate(oracle.ids, samples=1, limits=FULL, sequences=[0] * 5, seed=0)
     assert found.tokens.tolist() == oracle.stopped.tolist()
     assert found.counts.tolist() == counts
     judged(found, oracle, oracle.prompts)
     assert generator.decoded < sum(counts), "the slots did not work side by side"
-    again = generator.generate(oracle.prompts, samples=1, limits=FULL, sequences=[0] * 5, seed=0)
+    again = generator.generate(oracle.ids, samples=1, limits=FULL, sequences=[0] * 5, seed=0)
     assert torch.equal(again.tokens, found.tokens) and torch.equal(again.logprobs, found.logprobs), "something of the first call is left"
 
 
 def test_several_answers_share_a_prefill(oracle: Oracle) -> None:
     generator = generator_of(oracle.model, slots=20, prefill_tokens=1000)
-    found = generator.generate(oracle.prompts, samples=4, limits=FULL * 4, sequences=list(range(20)), seed=0)
+    found = generator.generate(oracle.ids, samples=4, limits=FULL * 4, sequences=list(range(20)), seed=0)
     assert found.tokens.tolist() == oracle.greedy.tolist() * 4
     assert generator.prefilled == len(LENGTHS) * max(LENGTHS)
     judged(found, oracle, oracle.prompts * 4)
@@ -91,6 +95,6 @@ def test_several_answers_share_a_prefill(oracle: Oracle) -> None:
 
 def test_sampled_answers_come_with_their_logprobs(oracle: Oracle) -> None:
     generator = generator_of(oracle.model, slots=7, temperature=1.3, stop_ids=(oracle.end,))
-    found = generator.generate(oracle.prompts, samples=4, limits=FULL * 4, sequences=list(range(20)), seed=5)
+    found = generator.generate(oracle.ids, samples=4, limits=FULL * 4, sequences=list(range(20)), seed=5)
     assert len(found.tokens.unique(dim=0)) == 20
     judged(found, oracle, oracle.prompts * 4, temperature=1.3)

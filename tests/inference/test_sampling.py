@@ -230,7 +230,7 @@ def answers(
     prompts = mixed_prompts(LENGTHS)
     generator = generator_of(model, slots=slots, new_tokens=24, **({"temperature": 1.0, "top_k": 40, "stop_ids": (7, 11)} | sampling))
     found = generator.generate(
-        [prompts[i] for i in which], samples=1, limits=[limits[i] for i in which], sequences=[100 + i for i in which], seed=seed
+        [prompts[i].tolist() for i in which], samples=1, limits=[limits[i] for i in which], sequences=[100 + i for i in which], seed=seed
     )
     return [row[:count].tolist() for row, count in zip(found.tokens, found.counts.tolist(), strict=True)]
 
