@@ -1,4 +1,4 @@
-"""fp16: skipping the step of every role when the gradients of one overflow.
+"""fp16: the loss scale, and skipping the step of every role when the gradients of one overflow.
 
 Actor and critic learn from the same experience; a step of one alone would leave the other behind. DeepSpeed-Chat has the option
 (`--align_overflow`), but it raises on every DeepSpeed it could be run with. Knows the optimizers' insides; knows no role.
@@ -45,6 +45,17 @@ def align_overflow(engines: dict[str, Any]) -> Iterator[None]:
     yield
     for role, state in spared.items():
         vars(_scaler(engines[role])).update(state)
+
+
+def loss_scale(engine: Any) -> float:
+    """The factor of a loss that DeepSpeed forgets: at stage 0 it divides fp16 gradients by the loss scale, but does not multiply the loss."""
+    config = getattr(engine.optimizer, "loss_scale_config", None)  # of stage 0's optimizers alone
+    return 1.0 if config is None else float(config.cur_scale)
+
+
+def norm_scale(engine: Any) -> float:
+    """The factor in the gradient norm that DeepSpeed is about to tell: that of the scaled gradients, at stage 0 without its FusedAdam."""
+    return loss_scale(engine) if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer" else 1.0
 
 
 def _scaler(engine: Any) -> Any:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rlhf.engines.config import EngineSpec, engine_config
 from rlhf.engines.gather import gathered, gathered_for_writing, sharded_init, whole
 from rlhf.engines.optimizers import build_optimizer, build_scheduler
-from rlhf.engines.overflow import align_overflow, has_overflow
+from rlhf.engines.overflow import align_overflow, has_overflow, loss_scale, norm_scale
 from rlhf.models.networks import restore_rotary
 
 
@@ -145,7 +145,8 @@ class RoleStrategy(DeepSpeedStrategy):
         DeepSpeed averages gradients over ranks, hence the factor. One backward for each forward: ZeRO loses or repeats gradients
         where two backwards share a step of its micro-batch counter, so `step` follows every call.
         """
-        self.engines[role].backward(loss * self.world_size, scale_wrt_gas=False)
+        engine = self.engines[role]
+        engine.backward(loss * (self.world_size * loss_scale(engine)), scale_wrt_gas=False)
 
     def step(self, *roles: str) -> dict[str, StepResult]:
         """Ends a micro-batch of these roles; on the last one of a step the optimizers act, and their results come back."""
@@ -163,13 +164,14 @@ class RoleStrategy(DeepSpeedStrategy):
         # Stage 0 in fp32 clips without telling the norm, so it is taken from the gradients, which are already reduced.
         norm = _gradient_norm(engine) if self.specs[role].stage == 0 and self.specs[role].precision == "fp32" else None
         rate = engine.optimizer.param_groups[0]["lr"]
+        scale = norm_scale(engine)
         engine.step()
         told = engine.get_global_grad_norm() if norm is None else norm
         skipped = bool(getattr(engine.optimizer, "overflow", False))
         if skipped and self.specs[role].precision != "fp16":
             # fp16 overflows now and then and its scaler recovers; here DeepSpeed would drop every step without a word.
             raise FloatingPointError(f"{role}: the gradients are not finite, so nothing can be learned; see the last rows of metrics.csv")
-        return StepResult(math.nan if told is None else float(told), float(rate), skipped)
+        return StepResult(math.nan if told is None else float(told) / scale, float(rate), skipped)
 
     def overflows(self, role: str) -> bool:
         return has_overflow(self.engines[role])

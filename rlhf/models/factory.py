@@ -58,15 +58,16 @@ def build_network(blueprint: Blueprint, *, sharded: AbstractContextManager[objec
             with no_init_weights():
                 model = auto.from_config(blueprint.config, dtype=blueprint.dtype)
             model.tie_weights()
-            if blueprint.lora is not None and blueprint.lora.rank > 0:
-                add_adapters(model, blueprint.lora, scalar=blueprint.kind == "scalar")
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
             raise UserError(f"transformers has no {blueprint.kind} model for the family {blueprint.config.model_type!r}") from error
         raise
     fresh = _load(model, blueprint.folder, gather, is_writer) if blueprint.folder else set(dict(model.named_parameters()))
     _initialize(model, fresh, gather, is_writer)
-    init_adapters(model, gather, is_writer)
+    if blueprint.lora is not None and blueprint.lora.rank > 0:  # last, so that random weights are those without adapters
+        with sharded:
+            add_adapters(model, blueprint.lora, scalar=blueprint.kind == "scalar")
+        init_adapters(model, gather, is_writer)
     if blueprint.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -92,10 +93,9 @@ def _load(model: nn.Module, folder: Path, gather: Gather, is_writer: bool) -> se
 
     An embedding or head that has grown keeps its old rows; a new row starts as the mean of the old ones.
     """
-    targets: dict[str, Tensor] = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
+    targets: dict[str, Tensor] = dict(model.named_parameters())
     targets |= {name: b for name, b in model.named_buffers() if name in model.state_dict()}
     missing = set(dict(model.named_parameters()))
-    renamed = {name.replace(".base_layer.", "."): name for name in missing}
     unused = []
     for stored, tensor in read_tensors(folder):
         name = next((n for n in _names(stored, str(model.base_model_prefix)) if n in targets), None)
@@ -106,9 +106,9 @@ def _load(model: nn.Module, folder: Path, gather: Gather, is_writer: bool) -> se
         with gather([target]) if isinstance(target, nn.Parameter) else torch.no_grad():
             if is_writer or target.numel():
                 _copy(tensor, target.data, f"{folder}: {stored}")
-        missing.discard(renamed.get(name, name))
+        missing.discard(name)
     tied = tied_names(model)
-    absent = [n for n in missing if n not in tied and "lora_" not in n and not n.startswith("score.")]
+    absent = [n for n in missing if n not in tied and not n.startswith("score.")]
     if absent:
         raise UserError(f"the weights in {folder} do not fit the model: {len(absent)} tensors are missing, such as {sorted(absent)[0]}")
     heads = ("lm_head.", "embed_out.", "score.")
@@ -138,11 +138,11 @@ def _initialize(model: nn.Module, fresh: set[str], gather: Gather, is_writer: bo
     """Random weights for the parameters in `fresh`, module by module with the family's own rule."""
     for name, parameter in model.named_parameters():
         # transformers' init functions leave parameters with this flag alone.
-        parameter._is_hf_initialized = name not in fresh or "lora_" in name  # type: ignore[attr-defined]
+        parameter._is_hf_initialized = name not in fresh  # type: ignore[attr-defined]
     # Children before parents: GPT-2's blocks scale the projections that their children have just drawn.
-    for name, module in reversed(list(model.named_modules())):
+    for module in reversed(list(model.modules())):
         near = [p for child in (module, *module.children()) for p in child.parameters(recurse=False)]
-        if "lora_" in name or not (near or list(module.buffers(recurse=False))):
+        if not (near or list(module.buffers(recurse=False))):
             continue
         with gather(near):
             if is_writer or all(p.numel() for p in near):

@@ -65,7 +65,7 @@ def _engine(stage: int, precision: str) -> Any:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_overflow_skips_both_steps_and_only_its_own_scale_falls(stage: int) -> None:
     from rlhf.engines.gather import gathered
-    from rlhf.engines.overflow import align_overflow, has_overflow
+    from rlhf.engines.overflow import align_overflow, has_overflow, loss_scale
 
     engines = {"actor": _engine(stage, "fp16"), "critic": _engine(stage, "fp16")}
     ids = torch.randint(4, 60, (2, 8), device="cuda")
@@ -85,7 +85,7 @@ def test_one_overflow_skips_both_steps_and_only_its_own_scale_falls(stage: int) 
     def step(factor: float, context: Any) -> dict[str, bool]:
         for role, engine in engines.items():
             loss = engine(ids, mask).float().logsumexp(-1).mean()
-            engine.backward(loss * (factor if role == "actor" else 1.0), scale_wrt_gas=False)
+            engine.backward(loss * ((factor if role == "actor" else 1.0) * loss_scale(engine)), scale_wrt_gas=False)
         flags = {role: has_overflow(engine) for role, engine in engines.items()}
         with context:
             for engine in engines.values():

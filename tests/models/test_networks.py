@@ -119,6 +119,20 @@ def test_random_weights_follow_the_family(tmp_path: Path) -> None:
         assert parameter.std().item() == pytest.approx(theirs[name].std().item(), rel=0.3, abs=1e-6), name
 
 
+@pytest.mark.parametrize("kind", ["causal", "scalar"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_an_adapter_changes_no_random_weight(kind: str, family: str) -> None:
+    """So that an actor with adapters and a reference without begin as the same network."""
+    parameters = []
+    for lora in (None, LORA):
+        torch.manual_seed(3)
+        named = build(blueprint(kind, None, family, lora=lora)).named_parameters()
+        parameters.append({name.replace(".base_layer", ""): p for name, p in named if "lora_" not in name})
+    plain, adapted = parameters
+    assert plain.keys() == adapted.keys()
+    assert [name for name in plain if not torch.equal(plain[name], adapted[name])] == []
+
+
 def test_grown_vocabulary_keeps_the_old_rows(tmp_path: Path) -> None:
     reference = save_causal("llama", tmp_path)
     grown = blueprint("causal", tmp_path)

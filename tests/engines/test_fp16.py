@@ -1,0 +1,71 @@
+"""fp16's loss scale, on a CPU that is made to admit fp16: half-precision arithmetic is there, only DeepSpeed does not expect it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from jobs import composed
+from tiny import config
+
+from rlhf.config import build
+from rlhf.engines.config import EngineSpec, Training, engine_config
+from rlhf.engines.launcher import free_port, rank_environment
+from rlhf.engines.optimizers import build_optimizer
+from rlhf.engines.overflow import gradients
+from rlhf.engines.strategy import RoleStrategy
+from rlhf.models.factory import Blueprint, build_network
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of one rank, none of which is left behind; a CPU said to know fp16."""
+    for name, value in rank_environment(0, 1, local_rank=0, per_node=1, address="127.0.0.1", port=free_port()).items():
+        monkeypatch.setenv(name, value)
+    kind = type(get_accelerator())
+    monkeypatch.setattr(kind, "is_fp16_supported", lambda _: True)
+    monkeypatch.setattr(kind, "supported_dtypes", lambda _: [torch.float, torch.half, torch.bfloat16])
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)  # would be compiled
+    deepspeed.init_distributed("gloo")
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def engine_at(stage: int) -> Any:
+    cfg = build(composed("sft", f"zero@actor.zero=z{stage}", "run_dir=unused", "sft.optimizer.grad_clip=0"))
+    training = Training(
+        optimizer=cfg.sft.optimizer, scheduler=cfg.sft.scheduler, total_steps=10, lora=cfg.actor.lora, micro_batch_size=2, accumulation=1
+    )
+    spec = EngineSpec(zero=cfg.actor.zero, precision="fp16", training=training, reloadable=False)
+    blueprint = Blueprint(kind="causal", config=config("llama"), folder=None, lora=None, gradient_checkpointing=False, dtype=torch.float16)
+    torch.manual_seed(0)
+    network = build_network(blueprint, sharded=nullcontext(), gather=lambda _: nullcontext(), is_writer=True)
+    engine, *_ = deepspeed.initialize(
+        model=network, optimizer=build_optimizer(network, training), config=engine_config(spec), dist_init_required=False
+    )
+    return engine
+
+
+def norm_of_a_step(stage: int) -> float:
+    engine = engine_at(stage)
+    strategy: Any = SimpleNamespace(
+        engines={"actor": engine}, specs={"actor": SimpleNamespace(stage=stage, precision="fp16")}, world_size=1
+    )
+    ids = torch.arange(4, 20).reshape(2, 8)
+    loss = engine(ids, torch.ones_like(ids, dtype=torch.bool)).float().logsumexp(-1).mean()
+    RoleStrategy.backward(strategy, "actor", loss)
+    assert max(float(g.abs().max()) for g in gradients(engine)) > 100, "no loss scale"
+    result = RoleStrategy._step(strategy, "actor", engine)
+    engine.destroy()
+    return result.grad_norm
+
+
+def test_the_gradient_norm_is_the_same_at_stage_0_and_1() -> None:
+    """Stage 0 of DeepSpeed divides by a loss scale (65,536) that the loss was not multiplied by."""
+    assert norm_of_a_step(0) == pytest.approx(norm_of_a_step(1), rel=0.01)
