@@ -151,8 +151,10 @@ def check(cfg: Any) -> None:
     _check_rollout(cfg)
     _check_tensor_parallel(cfg)
     _check_optimizers(cfg)
-    if getattr(getattr(cfg, "data", None), "ptx", None):
-        raise UserError("data.ptx: no verb mixes pre-training text into its loss yet; set data.ptx=[]")
+    if hasattr(cfg, "ppo"):
+        _check_critic(cfg)
+        _check_reward(cfg)
+        _check_plain_text(cfg)
 
 
 def _check_top(cfg: Any) -> None:
@@ -274,11 +276,49 @@ def _check_rollout(cfg: Any) -> None:
             )
     if hasattr(cfg, "ppo"):
         _check_answers(cfg.ppo, rollout)
-    if hasattr(cfg, "critic") and cfg.ppo.critic_init == "actor" and cfg.critic.model.name != cfg.actor.model.name:
+
+
+def _check_critic(cfg: Any) -> None:
+    ppo, critic = cfg.ppo, cfg.critic
+    if ppo.advantage != "gae":
+        if critic.init is not None:
+            raise UserError(f"critic.init={critic.init}, but ppo.advantage={ppo.advantage} has no critic: set critic.init=null")
+    elif ppo.critic_init == "actor" and critic.model.name != cfg.actor.model.name:
         raise UserError(
-            f"ppo.critic_init=actor needs critic.model and actor.model to be the same network, "
-            f"got {cfg.critic.model.name} and {cfg.actor.model.name}"
+            f"ppo.critic_init=actor needs critic.model and actor.model to be the same network, got {critic.model.name} and "
+            f"{cfg.actor.model.name}"
         )
+
+
+def _check_reward(cfg: Any) -> None:
+    """A reward function can be called, and what a reward model would be for without it is there or not asked for."""
+    ppo = cfg.ppo
+    if ppo.reward_source == "model":
+        return
+    try:
+        function = locate(ppo.reward_function)
+    except UserError as error:
+        raise UserError(f"ppo.reward_function: {error}") from error
+    if not callable(function):
+        raise UserError(f"ppo.reward_function={ppo.reward_function} is no function f(prompts, answers, ended) -> scores")
+    if ppo.reward_source == "both" or cfg.verb != "ppo":
+        return
+    from_reward = ppo.advantage == "gae" and ppo.critic_init == "reward" and cfg.critic.init is None
+    if cfg.reward.init is not None and not from_reward:
+        raise UserError(f"reward.init={cfg.reward.init}, but ppo.reward_source=function needs no reward model: set reward.init=null")
+    if from_reward and cfg.reward.init is None and not cfg.critic.model.pretrained:
+        raise UserError(
+            "ppo.critic_init=reward, but ppo.reward_source=function has no reward model to start the critic from: choose "
+            "ppo.critic_init=actor, a reward.init, or an advantage without a critic"
+        )
+
+
+def _check_plain_text(cfg: Any) -> None:
+    ptx, coef = cfg.data.ptx, cfg.ppo.ptx_coef
+    if coef > 0 and not ptx:
+        raise UserError(f"ppo.ptx_coef={coef:g}, but data.ptx is empty: name a source of plain text, such as data.ptx=[wikitext]")
+    if ptx and coef == 0:
+        raise UserError("data.ptx names text for a pre-training loss, but ppo.ptx_coef=0: give it a weight above 0, or set data.ptx=[]")
 
 
 def _check_answers(ppo: Any, rollout: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-Batch = TypeVar("Batch", "TextBatch", "PairBatch", "PromptBatch", "Rollout", "Experience")
+Batch = TypeVar("Batch", "TextBatch", "PairBatch", "RankedBatch", "PromptBatch", "Rollout", "Experience")
 
 
 class Rows:
@@ -63,14 +63,26 @@ class PairBatch(Rows):
 
 
 @dataclass(kw_only=True)
+class RankedBatch(PairBatch):
+    """One prompt with 2 to K ranked answers. `chosen` is the best and `rejected` the worst of them, so that it is a batch of pairs to those
+    who look at pairs only. A row of fewer answers leaves slots in between empty."""
+
+    between_ids: Tensor  # (B, K - 2, T) int64, best first
+    between_mask: Tensor  # (B, K - 2, T) bool
+    ranks: Tensor  # (B, K) int64 of chosen, between and rejected: smaller is better, equal is a tie, -1 is an empty slot
+
+
+@dataclass(kw_only=True)
 class PromptBatch(Rows):
-    """Prompts to answer, padded on the left. `rollout` is filled by the rollout callback before the training step."""
+    """Prompts to answer, padded on the left. Callbacks fill `rollout`, and `plain` where there is a pre-training loss, before the step."""
 
     ids: Tensor  # (B, P) int64
     mask: Tensor  # (B, P) bool
     index: Tensor  # (B,) int64, the row's number in the data set
     texts: list[str]  # B prompts as text
     rollout: Rollout | None = None
+    plain: TextBatch | None = None
+    """Plain text for all optimizer steps of the iteration."""
 
 
 @dataclass(kw_only=True)

@@ -26,7 +26,7 @@ def rows(columns: int) -> list[list[str]]:
 def leaves(node: dict[str, Any], before: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in node.items():
-        found |= leaves(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+        found |= leaves(value, f"{before}{name}.") if isinstance(value, dict) and value else {before + name: value}
     return {name: value for name, value in found.items() if not name.endswith("_target_")}
 
 

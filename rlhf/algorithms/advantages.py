@@ -13,6 +13,9 @@ from torch import Tensor
 SAME_SCORES = 1e-12
 """A variance below this share of the squared mean is rounding: the scores are all the same."""
 
+GROUP_EPS = 1e-6
+"""Keeps the division by a group's standard deviation finite (verl's value)."""
+
 
 def last_true(mask: Tensor) -> Tensor:
     """(B, A) bool: only the last true entry of each row of a (B, A) mask; rows without one stay false."""
@@ -69,6 +72,54 @@ def gae(rewards: Tensor, values: Tensor, action_mask: Tensor, *, gamma: float, g
         advantages[:, t] = later
     advantages = torch.where(action_mask, advantages, 0)
     return advantages, advantages + values
+
+
+@torch.no_grad()
+def rewards_to_go(rewards: Tensor, action_mask: Tensor, *, gamma: float) -> Tensor:
+    """R_t = r_t + gamma * R_{t+1}: what an answer earns from a token on (REINFORCE++, Hu 2025, eq. 5, before its normalization).
+
+    Args:
+        rewards: (B, A).
+        action_mask: (B, A) bool.
+
+    Returns:
+        (B, A) fp32, zero beyond the answer.
+    """
+    return gae(rewards, torch.zeros_like(rewards), action_mask, gamma=gamma, gae_lambda=1.0)[1]
+
+
+@torch.no_grad()
+def leave_one_out(returns: Tensor, samples: int) -> Tensor:
+    """Less the mean of the other answers to the same prompt (RLOO: Ahmadian et al. 2024, eq. 6).
+
+    Args:
+        returns: (B,) of whole answers, row s * B / samples + b answers prompt b.
+        samples: answers to a prompt, at least 2.
+
+    Returns:
+        (B,) fp32.
+    """
+    groups = returns.float().view(samples, -1)  # (samples, prompts)
+    return ((groups - groups.mean(dim=0)) * (samples / (samples - 1))).flatten()
+
+
+@torch.no_grad()
+def group_normalized(returns: Tensor, samples: int, *, unbiased: bool) -> Tensor:
+    """Less the mean of all answers to the same prompt, over their standard deviation (GRPO: Shao et al. 2024, section 4.1.2).
+
+    A group of equal returns teaches nothing: its advantages are 0.
+
+    Args:
+        returns: (B,) of whole answers, row s * B / samples + b answers prompt b.
+        samples: answers to a prompt, at least 2.
+        unbiased: the variance is divided by the count less one.
+
+    Returns:
+        (B,) fp32.
+    """
+    groups = returns.float().view(samples, -1)  # (samples, prompts)
+    deviations = groups - groups.mean(dim=0)
+    return (deviations / (groups.std(dim=0, correction=int(unbiased)) + GROUP_EPS)).flatten()
 
 
 class RunningMoments:

@@ -141,6 +141,34 @@ def pairwise_token_loss(
     return loss.sum(dim=1) / compared.sum(dim=1).clamp(min=1)
 
 
+class Comparisons(NamedTuple):
+    """Every two answers of a prompt with different ranks, as positions in the list of answers that there are."""
+
+    better: Tensor  # (C,) int64
+    worse: Tensor  # (C,) int64
+    weight: Tensor  # (C,) fp32: one over the comparisons of the prompt, so that those of a prompt sum to 1
+
+
+def comparisons(ranks: Tensor) -> Comparisons:
+    """The K-choose-2 comparisons of each prompt, less its ties (Ouyang et al. 2022, "InstructGPT", section 3.5: they are one element of the
+    batch, and each answer goes through the model once).
+
+    Args:
+        ranks: (B, K) of the answers to B prompts, smaller is better; -1: no answer.
+
+    Returns:
+        C comparisons, prompt by prompt. They count the answers that there are slot by slot: the first one of each prompt, then the
+        second one of each prompt, and so on, as `x.transpose(0, 1)[(ranks >= 0).T]` lists them for any x (B, K, ...).
+    """
+    there = ranks >= 0  # (B, K)
+    position = (there.T.flatten().cumsum(dim=0) - 1).view(ranks.shape[1], -1).T  # (B, K)
+    before = ranks.unsqueeze(2) < ranks.unsqueeze(1)  # (B, K, K): the first answer is better than the second
+    compared = before & there.unsqueeze(2) & there.unsqueeze(1)  # (B, K, K)
+    prompt, better, worse = compared.nonzero(as_tuple=True)  # (C,), (C,), (C,)
+    weight = 1 / compared.sum(dim=(1, 2))[prompt].float()  # (C,)
+    return Comparisons(position[prompt, better], position[prompt, worse], weight)
+
+
 def end_scores(values: Tensor, mask: Tensor) -> Tensor:
     """(B,) fp32: the value (B, T) at the last true position of the mask (B, T), wherever the padding is; 0 for an empty row."""
     return torch.where(last_true(mask), values.float(), 0).sum(dim=1)

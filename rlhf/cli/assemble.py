@@ -128,18 +128,20 @@ class Job:
         return EngineSpec(zero=plain, precision=self.cfg.trainer.precision, training=None, reloadable=True)
 
     def trained_engine(
-        self, role: str, optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, total_steps: int, batch_size: int, micro: int | None
-    ) -> EngineSpec:
+        self, role: str, optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, total_steps: int, batch_size: int, micro: int | None,
+        passes: int = 1,
+    ) -> EngineSpec:  # fmt: skip
         """
         Args:
             batch_size: rows of one optimizer step, over all ranks.
             micro: rows of one backward pass on one rank; None: the rank's whole share.
+            passes: backward passes for each of them.
         """
         settings: RoleConfig = getattr(self.cfg, role)
         share = batch_size // self.world
         training = Training(
             optimizer=optimizer, scheduler=scheduler, total_steps=total_steps, lora=settings.lora, micro_batch_size=micro or share,
-            accumulation=share // (micro or share),
+            accumulation=passes * (share // (micro or share)),
         )  # fmt: skip
         reloadable = settings.lora.rank > 0 and (self.init_folder(role) is not None or settings.model.pretrained)
         return EngineSpec(zero=settings.zero, precision=self.cfg.trainer.precision, training=training, reloadable=reloadable)

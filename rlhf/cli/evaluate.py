@@ -5,18 +5,17 @@ Knows which parts are asked for; the measures are `rlhf.modules.comparison`'s.
 
 from __future__ import annotations
 
-import inspect
 import json
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf.cli.assemble import Job
-from rlhf.config import UserError, locate
+from rlhf.config import UserError
 from rlhf.data.split import Phase
-from rlhf.modules.comparison import Comparison, Gold
-from rlhf.settings import EvaluationConfig
+from rlhf.modules.comparison import Comparison
+from rlhf.modules.scorers import load_scorer
 
 SHOWN_SAMPLES = 16
 """Rows kept in samples.jsonl."""
@@ -36,7 +35,7 @@ class _Answering(Callback):
 
 def evaluate(job: Job) -> dict[str, Any]:
     cfg, evaluation = job.cfg, job.cfg.evaluation
-    gold = load_gold(evaluation)
+    gold = None if evaluation.gold is None else load_scorer("evaluation.gold", evaluation.gold, evaluation.gold_kwargs)
     before = cfg.ref.init is not None
     rewarded = cfg.reward.init is not None
     if cfg.actor.init is None and not cfg.actor.model.pretrained:
@@ -68,22 +67,3 @@ def evaluate(job: Job) -> dict[str, Any]:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, 0)
     return {"metrics": metrics, "seconds": {}, "report": {}}
-
-
-def load_gold(evaluation: EvaluationConfig) -> Gold | None:
-    """The scorer at `evaluation.gold`: a function, or a class built with `gold_kwargs`.
-
-    Raises:
-        UserError: it cannot be imported or built.
-    """
-    if evaluation.gold is None:
-        return None
-    scorer: Any = locate(evaluation.gold)
-    if inspect.isclass(scorer):
-        try:
-            return cast(Gold, scorer(**evaluation.gold_kwargs))
-        except TypeError as error:
-            raise UserError(f"evaluation.gold_kwargs do not fit {evaluation.gold}: {error}") from error
-    if evaluation.gold_kwargs:
-        raise UserError(f"evaluation.gold_kwargs are for a class, but {evaluation.gold} is a function")
-    return scorer

@@ -49,7 +49,8 @@ def step_config(config: Mapping[str, Any], step: str) -> dict[str, Any]:
         start("reward", ("sft", "actor"))  # InstructGPT, section 3.5: the reward model starts from the SFT model
     if step == "ppo":
         start("actor", ("sft", "actor"))
-        start("reward", ("reward", "reward"))
+        if reads_reward_model(config):
+            start("reward", ("reward", "reward"))
     if step == "evaluate":
         start("actor", ("ppo", "actor"), ("sft", "actor"))
         start("reward", ("reward", "reward"))
@@ -58,6 +59,13 @@ def step_config(config: Mapping[str, Any], step: str) -> dict[str, Any]:
             if "sft" not in steps:
                 part["ref"] = {**part["ref"], "init": part["ref"]["init"] or config["actor"]["init"]}
     return part
+
+
+def reads_reward_model(config: Mapping[str, Any]) -> bool:
+    """Whether PPO needs one: as a reward, or to start the critic from."""
+    ppo = config["ppo"]
+    starts_critic = ppo["advantage"] == "gae" and ppo["critic_init"] == "reward" and config["critic"]["init"] is None
+    return ppo["reward_source"] != "function" or starts_critic
 
 
 def _moved(node: Any, old: str, new: str) -> Any:

@@ -9,14 +9,18 @@ import dataclasses
 
 import lightning as L
 
+from rlhf.callbacks.plain_text import PlainText
 from rlhf.cli.assemble import Job
 from rlhf.config import UserError
 from rlhf.data.datamodule import RLHFData
 from rlhf.data.split import Phase
+from rlhf.engines.config import EngineSpec
 from rlhf.logging import log
+from rlhf.modules.critic_free import CriticFree
 from rlhf.modules.dpo import DPO
 from rlhf.modules.ppo import PPO
 from rlhf.modules.reward import RewardModel
+from rlhf.modules.scorers import RewardFunction, load_scorer
 from rlhf.modules.sft import SFT
 from rlhf.settings import RewardTrainingConfig, SFTConfig
 
@@ -46,37 +50,62 @@ def _supervised(job: Job, role: str, phase: Phase, step: SFTConfig | RewardTrain
 
 
 def ppo(job: Job) -> dict:
-    """PPO with four roles; actor and critic learn."""
+    """PPO: actor and ref, a critic where the advantage needs one, a reward model where it is the reward's source."""
     cfg, ppo = job.cfg, job.cfg.ppo
+    with_critic, with_model = ppo.advantage == "gae", ppo.reward_source != "function"
     job.tokenizer("actor")
-    for role in ("actor", "reward"):
+    for role in ("actor", "reward") if with_model else ("actor",):
         settings = getattr(cfg, role)
         if settings.init is None and not settings.model.pretrained:
             log.warning("%s.init is not set: PPO starts from a %s with random weights", role, role)
     data = job.data("ppo", ppo.batch_size, steps=ppo.iterations, eval_batches=0)
+    answers = job.rollout_callback(ppo.samples_per_prompt)
+    callbacks: list[L.Callback] = [answers]
+    if ppo.ptx_coef > 0:
+        callbacks.append(PlainText(data, ppo.epochs * ppo.batch_size * ppo.samples_per_prompt))
+    specs = _ppo_engines(job, data, with_critic=with_critic, with_model=with_model)
+    L.seed_everything(cfg.seed, verbose=False)
+    blueprints = {
+        "actor": job.blueprint("actor", kind="causal", trained=True),
+        "critic": job.blueprint("critic", kind="scalar", trained=True) if with_critic else None,
+        "ref": job.blueprint("ref", kind="causal", trained=False, like="actor"),
+        "reward": job.blueprint("reward", kind="scalar", trained=False) if with_model else None,
+    }
+    if ppo.greedy_rollouts:
+        answers.rollout = dataclasses.replace(answers.rollout, temperature=0.0)
+        log.warning("ppo.greedy_rollouts=true: every prompt gets its likeliest answer, so that PPO explores nothing")
+    module = (PPO if with_critic else CriticFree)(
+        ppo, {role: blueprint for role, blueprint in blueprints.items() if blueprint is not None}, temperature=cfg.rollout.temperature,
+        seed=cfg.seed, function=_reward_function(job),
+    )  # fmt: skip
+    return job.fit(module, job.strategy(specs), data, total=data.total_steps, extra=callbacks)
+
+
+def _ppo_engines(job: Job, data: RLHFData, *, with_critic: bool, with_model: bool) -> dict[str, EngineSpec]:
+    cfg, ppo = job.cfg, job.cfg.ppo
     iterations = _steps(data, "ppo.batch_size")
     steps = iterations * ppo.epochs * (ppo.batch_size * ppo.samples_per_prompt // ppo.minibatch_size)
     sizes = {"batch_size": ppo.minibatch_size, "micro": ppo.micro_batch_size}
     actor_steps = max(1, steps - ppo.critic_warmup * steps // max(1, iterations))
     specs = {
-        "actor": job.trained_engine("actor", ppo.actor_optimizer, ppo.actor_scheduler, total_steps=actor_steps, **sizes),
-        "critic": job.trained_engine("critic", ppo.critic_optimizer, ppo.critic_scheduler, total_steps=steps, **sizes),
-        "ref": job.frozen_engine(cfg.ref.zero),
-        "reward": job.frozen_engine(cfg.reward.zero),
+        "actor": job.trained_engine(
+            "actor", ppo.actor_optimizer, ppo.actor_scheduler, total_steps=actor_steps, passes=2 if ppo.ptx_coef > 0 else 1, **sizes
+        )
     }
-    L.seed_everything(cfg.seed, verbose=False)
-    blueprints = {
-        "actor": job.blueprint("actor", kind="causal", trained=True),
-        "critic": job.blueprint("critic", kind="scalar", trained=True),
-        "ref": job.blueprint("ref", kind="causal", trained=False, like="actor"),
-        "reward": job.blueprint("reward", kind="scalar", trained=False),
-    }
-    answers = job.rollout_callback(ppo.samples_per_prompt)
-    if ppo.greedy_rollouts:
-        answers.rollout = dataclasses.replace(answers.rollout, temperature=0.0)
-        log.warning("ppo.greedy_rollouts=true: every prompt gets its likeliest answer, so that PPO explores nothing")
-    module = PPO(ppo, blueprints, temperature=cfg.rollout.temperature, seed=cfg.seed)
-    return job.fit(module, job.strategy(specs), data, total=iterations, extra=[answers])
+    if with_critic:
+        specs["critic"] = job.trained_engine("critic", ppo.critic_optimizer, ppo.critic_scheduler, total_steps=steps, **sizes)
+    specs["ref"] = job.frozen_engine(cfg.ref.zero)
+    if with_model:
+        specs["reward"] = job.frozen_engine(cfg.reward.zero)
+    return specs
+
+
+def _reward_function(job: Job) -> RewardFunction | None:
+    ppo = job.cfg.ppo
+    if ppo.reward_function is None:
+        return None
+    scorer = load_scorer("ppo.reward_function", ppo.reward_function, ppo.reward_function_kwargs)
+    return RewardFunction(ppo.reward_function, scorer, job.decode)
 
 
 def dpo(job: Job) -> dict:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf.types import PairBatch, PromptBatch, TextBatch
+from rlhf.types import PairBatch, PromptBatch, RankedBatch, TextBatch
 
 Row = dict[str, Any]
 
@@ -55,15 +55,23 @@ class CollateTexts:
 
 @dataclass(frozen=True, kw_only=True)
 class CollatePairs:
-    """Rows `chosen`, `rejected` -> PairBatch, both sides of the same width."""
+    """Rows `chosen`, `between`, `rejected`, `ranks` -> PairBatch, or RankedBatch where a row has more than two answers; all of them of the
+    same width."""
 
     padding: Padding
 
     def __call__(self, rows: list[Row]) -> PairBatch:
-        width = self.padding.width(max(max(len(row["chosen"]), len(row["rejected"])) for row in rows))
+        width = self.padding.width(max(len(ids) for row in rows for ids in (row["chosen"], *row["between"], row["rejected"])))
         chosen_ids, chosen_mask = self.padding.pad([row["chosen"] for row in rows], width, "right")  # (B, T), (B, T)
         rejected_ids, rejected_mask = self.padding.pad([row["rejected"] for row in rows], width, "right")  # (B, T), (B, T)
-        return PairBatch(chosen_ids=chosen_ids, chosen_mask=chosen_mask, rejected_ids=rejected_ids, rejected_mask=rejected_mask)
+        pairs = PairBatch(chosen_ids=chosen_ids, chosen_mask=chosen_mask, rejected_ids=rejected_ids, rejected_mask=rejected_mask)
+        most = max(len(row["between"]) for row in rows)
+        if most == 0:
+            return pairs
+        slots = [ids for row in rows for ids in (*row["between"], *[[]] * (most - len(row["between"])))]
+        ids, mask = (x.view(len(rows), most, width) for x in self.padding.pad(slots, width, "right"))  # (B, K - 2, T), (B, K - 2, T)
+        ranks = [[*row["ranks"][:-1], *[-1] * (most - len(row["between"])), row["ranks"][-1]] for row in rows]
+        return RankedBatch(**vars(pairs), between_ids=ids, between_mask=mask, ranks=torch.tensor(ranks))
 
 
 @dataclass(frozen=True, kw_only=True)

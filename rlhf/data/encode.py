@@ -7,6 +7,7 @@ every whole answer ends with the end-of-turn token in every step.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from rlhf.data.tokenizer import PreTrainedTokenizerBase, encode_answers, encode_
 IDS = List(Value("int32"))
 COLUMNS: dict[Phase, Features] = {
     "sft": Features({"ids": IDS, "prompt": Value("int32"), "length": Value("int32")}),
-    "reward": Features({"chosen": IDS, "rejected": IDS, "length": Value("int32")}),
+    "reward": Features({"chosen": IDS, "between": List(IDS), "rejected": IDS, "ranks": List(Value("int32")), "length": Value("int32")}),
     "ppo": Features({"ids": IDS, "text": Value("string"), "length": Value("int32")}),
 }
-"""Rows of each step. `prompt` counts the prompt's tokens among `ids`; `length` is the longest row of ids, for grouping by length."""
+"""Rows of each step. `prompt` counts the prompt's tokens among `ids`; `length` is the longest row of ids, for grouping by length. `ranks`
+are those of chosen, between and rejected; a pair has none between and the ranks 0 and 1."""
 
 PROMPT_TOO_LONG, ANSWER_TOO_LONG = "prompt too long", "answer too long"
 IDENTICAL, NO_ANSWER, NO_REJECTED = "identical pair", "no answer", "no rejected answer"
@@ -53,7 +55,8 @@ def encode(examples: Dataset, phase: Phase, tokenizer: PreTrainedTokenizerBase, 
     """Tokenises the examples of one step.
 
     Args:
-        examples: columns prompt, chosen, rejected, and `opening`: PPO's prompt is so many of the first tokens of `chosen` (0: `prompt`).
+        examples: columns prompt, chosen, rejected; between and ranks, null for pairs; and `opening`: PPO's prompt is so many of the first
+            tokens of `chosen` (0: `prompt`).
 
     Returns:
         Rows with COLUMNS[phase], in order, and the report: `rows` kept, and how many were dropped for each reason.
@@ -102,12 +105,25 @@ def _encode_pairs(batch: Batch, tokenizer: PreTrainedTokenizerBase, limits: Limi
     prompts = _limited_prompts(tokenizer, batch["prompt"], limits)
     better = _limited_answers(tokenizer, batch["chosen"], limits)
     worse = _limited_answers(tokenizer, batch["rejected"], limits, NO_REJECTED)
+    others = iter(_limited_answers(tokenizer, [text for texts in batch["between"] for text in texts or ()], limits))
     rows: Encoded = []
-    for prompt, chosen, rejected in zip(prompts, better, worse, strict=True):
-        problem = _first_problem(prompt, chosen, rejected) or (IDENTICAL if chosen == rejected else None)
-        length = len(prompt) + max(len(chosen), len(rejected))
-        rows.append(problem or {"chosen": prompt + chosen, "rejected": prompt + rejected, "length": length})  # type: ignore[operator]
+    for prompt, chosen, between, rejected, given in zip(prompts, better, batch["between"], worse, batch["ranks"], strict=True):
+        answers = [chosen, *itertools.islice(others, len(between or ())), rejected]
+        ranks = given or [0, 1]
+        problem = _first_problem(prompt, *answers) or (IDENTICAL if _ranked_twice(answers, ranks) else None)
+        texts = [] if problem else [prompt + answer for answer in answers]  # type: ignore[operator]
+        rows.append(problem or _ranked_row(texts, ranks))  # type: ignore[arg-type]
     return rows
+
+
+def _ranked_row(texts: list[list[int]], ranks: list[int]) -> dict[str, Any]:
+    return {"chosen": texts[0], "between": texts[1:-1], "rejected": texts[-1], "ranks": ranks, "length": max(map(len, texts))}
+
+
+def _ranked_twice(answers: list[Any], ranks: list[int]) -> bool:
+    """Whether the same tokens have two ranks, so that they would have to be better than themselves."""
+    first: dict[tuple[int, ...], int] = {}
+    return any(first.setdefault(tuple(answer), rank) != rank for answer, rank in zip(answers, ranks, strict=True))
 
 
 def _encode_prompts(batch: Batch, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:

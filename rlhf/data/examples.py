@@ -1,4 +1,4 @@
-"""From the rows of a source to examples: one prompt, a better and perhaps a worse answer, as text.
+"""From the rows of a source to examples: one prompt, a better and perhaps worse answers, as text.
 
 Knows no tokenizer, no phase and no limits. Files of the user are refused at their first bad row; rows of the hub, which no user can
 mend, are dropped and counted.
@@ -18,7 +18,7 @@ from string import Formatter
 from typing import Any, Literal
 
 import datasets
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 
 from rlhf.config import UserError, locate
 from rlhf.data.chat import format_answer, format_prompt
@@ -29,7 +29,10 @@ from rlhf.settings import ChatFormat
 
 Split = Literal["train", "eval"]
 
-FEATURES = Features({"prompt": Value("string"), "chosen": Value("string"), "rejected": Value("string"), "label": Value("int8")})
+RANKING = {"between": List(Value("string")), "ranks": List(Value("int32"))}
+"""Columns that are set for rows with a list of answers only: those between `chosen`, the best, and `rejected`, the worst; and the ranks of
+all of them, best first: 0, 1, ..., where equal ranks are a tie."""
+FEATURES = Features({"prompt": Value("string"), "chosen": Value("string"), "rejected": Value("string"), "label": Value("int8"), **RANKING})
 """Columns of an example. `prompt` is empty for a plain text, which stands in `chosen`; `label` is set for labelled texts only."""
 
 NOT_WANTED = "does not match where"
@@ -78,14 +81,21 @@ def identity(source: Source) -> str:
 def content_hash(rows: Dataset) -> str:
     """sha256 over the texts of all rows, the same on every machine."""
     digest = hashlib.sha256()
+    ranked = len(rows) > 0 and rows[0]["ranks"] is not None
     for batch in rows.iter(CONTENT_BATCH):
-        digest.update(json.dumps([batch[name] for name in FEATURES]).encode())
+        digest.update(_content(batch, ranked).encode())
     return digest.hexdigest()
 
 
 def _place(row: Mapping[str, Any]) -> float:
     """A row's place in [0, 1), from its texts alone."""
-    return int(_sha256(json.dumps([row[name] for name in FEATURES]))[:13], 16) / 16**13
+    return int(_sha256(_content(row, row["ranks"] is not None))[:13], 16) / 16**13
+
+
+def _content(columns: Mapping[str, Any], ranked: bool) -> str:
+    """What decides the draws of a row or of several. Without the columns of a ranking where they are empty: so the draws of all other
+    sources stay as they were before there were rankings."""
+    return json.dumps([columns[name] for name in FEATURES if ranked or name not in RANKING])
 
 
 def _sha256(text: str) -> str:
@@ -168,31 +178,57 @@ def convert(row: Mapping[str, Any], *, source: Source, chat: ChatFormat) -> dict
     if any(row[column] != value and str(row[column]) != str(value) for column, value in source.where.items()):
         raise RowProblem(NOT_WANTED)
     if source.text is not None:
-        return {"prompt": "", "chosen": _required(source.text, row, "text"), "rejected": None, "label": _label(row, source)}
-    chosen, rejected = _answers(row, source)
-    prompt = _prompt(row, source, chosen, rejected)
+        text = _required(source.text, row, "text")
+        return {**dict.fromkeys(FEATURES), "prompt": "", "chosen": text, "label": _label(row, source)}
+    answers, ranks = _pair(row, source) if source.answers is None else _ranking(row, source)
+    prompt = _prompt(row, source, answers[0], answers[-1])
     for word, other in source.replace.items():
         prompt = prompt.replace(word, other)
-    chosen, rejected = _clean(chosen, source), _clean(rejected, source)
-    if chosen is not None and not chosen.strip():
-        raise RowProblem("the chosen answer is empty")
-    if rejected is not None and not rejected.strip():
-        raise RowProblem("the rejected answer is empty")
+    answers = [_clean(answer, source) for answer in answers]
+    for i, answer in enumerate(answers):
+        if answer is not None and not answer.strip():
+            raise RowProblem(f"answer {i + 1} is empty" if ranks else f"the {('chosen', 'rejected')[i]} answer is empty")
     if not source.formatted:
         prompt = format_prompt(chat, prompt)
-        chosen, rejected = (None if answer is None else format_answer(chat, answer) for answer in (chosen, rejected))
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "label": None}
+        answers = [None if answer is None else format_answer(chat, answer) for answer in answers]
+    example = {**dict.fromkeys(FEATURES), "prompt": prompt, "chosen": answers[0], "rejected": answers[-1]}
+    return example | ({"between": answers[1:-1], "ranks": ranks} if ranks else {})
 
 
-def _answers(row: Mapping[str, Any], source: Source) -> tuple[str | None, str | None]:
-    """(chosen, rejected), in the order of preference, still as the row has them."""
+def _ranking(row: Mapping[str, Any], source: Source) -> tuple[list[str | None], list[int]]:
+    """All answers of a row, best first, and their ranks from 0 on without gaps."""
+    answers = row[source.answers or ""]
+    if not isinstance(answers, list):
+        raise RowProblem(f"{source.answers} must be a list of texts, best first, got {type(answers).__name__}")
+    wrong = [i for i, answer in enumerate(answers) if not isinstance(answer, str)]
+    if wrong:
+        raise RowProblem(f"answer {wrong[0] + 1} of {source.answers} must be a text, got {type(answers[wrong[0]]).__name__}")
+    if len(answers) < 2:
+        raise RowProblem(f"{source.answers} must hold two answers or more to rank, got {len(answers)}")
+    ranks = row.get(source.ranks) if source.ranks else None
+    if ranks is None:
+        if source.ranks and "ranks" not in source.optional:
+            raise RowProblem(f"no value for {source.ranks}")
+        return answers, list(range(len(answers)))
+    if not isinstance(ranks, list) or len(ranks) != len(answers) or any(type(rank) is not int for rank in ranks):
+        raise RowProblem(f"{source.ranks} must be a list with a whole number for each of the {len(answers)} answers, got {ranks!r}")
+    if ranks != sorted(ranks):
+        raise RowProblem(f"{source.ranks} must not fall, as {source.answers} go from the best to the worst, got {ranks}")
+    if ranks[0] == ranks[-1]:
+        raise RowProblem(f"{source.ranks} says that all answers are tied, which leaves nothing to compare, got {ranks}")
+    places = sorted(set(ranks))
+    return answers, [places.index(rank) for rank in ranks]
+
+
+def _pair(row: Mapping[str, Any], source: Source) -> tuple[list[str | None], None]:
+    """Chosen and rejected, in the order of preference, still as the row has them; a pair needs no ranks."""
     better, worse = source.chosen, source.rejected
     if source.prefer is not None and not _prefers(row, source.prefer):
         better, worse = worse, better
     if better is None:
-        return None, None
+        return [None, None], None
     chosen = _optional(better, row) if "chosen" in source.optional else _required(better, row, "chosen")
-    return chosen, None if worse is None else _optional(worse, row)
+    return [chosen, None if worse is None else _optional(worse, row)], None
 
 
 def _prompt(row: Mapping[str, Any], source: Source, chosen: str | None, rejected: str | None) -> str:

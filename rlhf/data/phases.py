@@ -17,17 +17,19 @@ from datasets import Dataset, Features, Value
 from rlhf.config import UserError
 from rlhf.data.cache import cache_folder, cached
 from rlhf.data.encode import Limits, chunk_texts, encode
-from rlhf.data.examples import FEATURES, Split, content_hash, examples, identity
+from rlhf.data.examples import FEATURES, RANKING, Split, content_hash, examples, identity
 from rlhf.data.sources import Source, resolve
 from rlhf.data.split import PHASES, Phase, blend, divide, generator
 from rlhf.data.tokenizer import PreTrainedTokenizerBase
 from rlhf.settings import DataConfig
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Part of every cache key: raise it whenever the same inputs should give other rows."""
 
 ALL_TO_SFT = [1.0, 0.0, 0.0]
-EXAMPLES = Features({"prompt": Value("string"), "chosen": Value("string"), "rejected": Value("string"), "opening": Value("int32")})
+EXAMPLES = Features(
+    {"prompt": Value("string"), "chosen": Value("string"), "rejected": Value("string"), **RANKING, "opening": Value("int32")}
+)
 SEEN = "prompt seen in training"
 
 
@@ -152,11 +154,15 @@ def _for_phase(rows: Dataset, source: Source, phase: Phase, swap: tuple[int, str
         good, bad = ([text for text, label in labelled if label == wanted] for wanted in (1, 0))
         pairs = list(zip(good, bad, strict=False))  # each text once; the surplus of one label is left
         columns = {"prompt": [""] * len(pairs), "chosen": [better for better, _ in pairs], "rejected": [worse for _, worse in pairs]}
+        columns |= {name: [None] * len(pairs) for name in RANKING}
     if swap is not None:
         coins = generator("swap", *swap).integers(0, 2, len(columns["chosen"]))
         for i in coins.nonzero()[0]:
             if columns["rejected"][i] is not None:
                 columns["chosen"][i], columns["rejected"][i] = columns["rejected"][i], columns["chosen"][i]
+            if columns["ranks"][i] is not None:
+                columns["between"][i].reverse()
+                columns["ranks"][i] = [columns["ranks"][i][-1] - rank for rank in reversed(columns["ranks"][i])]
     columns["opening"] = [opening] * len(columns["prompt"])
     return Dataset.from_dict({name: columns[name] for name in EXAMPLES}, features=EXAMPLES)
 

@@ -43,10 +43,14 @@ class Source:
     """None: the prompt is what comes before the answer in a `transcript`."""
     chosen: str | None = "{chosen}"
     rejected: str | None = None
+    answers: str | None = None
+    """Column with a list of answers to the prompt, best first; `chosen` and `rejected` are then not read."""
+    ranks: str | None = None
+    """Of such a list: column with a whole number for each answer, smaller is better. Equal numbers are a tie. None: no ties."""
     formatted: bool = False
     """True: prompt and answers hold their own turn markers and spaces. False: `data.chat` puts them around the plain texts."""
     optional: tuple[str, ...] = ()
-    """Templates (chosen, rejected) whose column a row may lack."""
+    """Templates (chosen, rejected) whose column a row may lack; `ranks`, where it may lack that."""
     transcript: str | None = None
     """Answers are whole conversations: only what follows the last occurrence of this marker is the answer."""
     prefer: tuple[Any, ...] | None = None
@@ -80,6 +84,7 @@ class Source:
             raise UserError(f"source {self.name!r}: share must be [from, to] with 0 <= from < to <= 1, got {list(self.share)}")
         if self.label is not None and self.text is None:
             raise UserError(f"source {self.name!r}: label needs text, the template of the labelled text")
+        _check_answers(self)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -95,10 +100,13 @@ class Source:
         """Columns that every row must have."""
         if self.text is not None:
             templates = [self.text]
+        elif self.answers is not None:
+            templates = [self.prompt or ""]
         else:
             templates = [t for name in ("prompt", "chosen", "rejected") if name not in self.optional and (t := getattr(self, name))]
         names = {column for template in templates for column in template_columns(template)}
-        names |= set(self.where) | ({self.label} if self.label else set())
+        names |= set(self.where) | {column for column in (self.label, self.answers) if column}
+        names |= {self.ranks} if self.ranks and "ranks" not in self.optional else set()
         if self.prefer is not None:
             names |= {operand for operand in (self.prefer[0], self.prefer[2]) if isinstance(operand, str)}
         return names
@@ -121,6 +129,19 @@ def _check_template(source: str, name: str, template: Any) -> None:
         raise UserError(f"source {source!r}: {name} is no template ({error}), got {template!r}; write a column as {{column}}") from error
     if not columns or "" in columns or any(column.isdigit() for column in columns):
         raise UserError(f"source {source!r}: {name} must name its columns, as in {{question}}, got {template!r}")
+
+
+def _check_answers(source: Source) -> None:
+    """A list of answers stands for the other ways to name them."""
+    if source.answers is None:
+        if source.ranks is not None:
+            raise UserError(f"source {source.name!r}: ranks needs answers, the column with the list that they rank")
+        return
+    for name in ("chosen", "rejected", "text", "prompt_tokens", "prefer", "transcript"):
+        if getattr(source, name) != getattr(Source, name):
+            raise UserError(f"source {source.name!r}: answers lists every answer, so that {name} would say nothing: leave it out")
+    if source.prompt is None:
+        raise UserError(f"source {source.name!r}: answers needs prompt, the template of what they answer")
 
 
 def _files(path: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -194,6 +215,7 @@ SOURCES: dict[str, Source] = _table(
     Source(name="quickstart_demonstrations", generate="rlhf.data.quickstart.demonstrations"),
     # Generic kinds: the file is `data.path`, or `path` where the source is written out.
     Source(name="pairs", rejected="{rejected}", optional=("rejected",)),
+    Source(name="ranked", answers="answers", ranks="ranks", optional=("ranks",)),
     Source(name="prompts", chosen=None),
     Source(name="text", text="{text}"),
     Source(name="labelled", text="{text}", label="label"),
@@ -237,6 +259,9 @@ def _check_files(source: Source) -> None:
     odd = [p for p in paths if Path(p).suffix not in FILE_SUFFIXES]
     if (source.files and odd) or len(odd) > 1 or any(Path(p).is_file() for p in odd):
         raise UserError(f"source {source.name!r}: path {odd[0]!r} is no {', '.join(FILE_SUFFIXES)} file")
+    flat = [p for p in (*source.files, *source.eval_files) if Path(p).suffix == ".csv"]
+    if source.answers is not None and flat:
+        raise UserError(f"source {source.name!r}: a cell of {flat[0]!r} holds no list of answers: write .jsonl, .json or .parquet")
     if source.files and source.eval is not None:
         raise UserError(f"source {source.name!r}: eval names a split of the hub; for a local file give the evaluation rows by eval_path")
     if source.eval_path and not (source.files and source.eval_files):

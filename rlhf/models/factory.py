@@ -141,8 +141,8 @@ def _initialize(model: nn.Module, fresh: set[str], gather: Gather, is_writer: bo
         parameter._is_hf_initialized = name not in fresh  # type: ignore[attr-defined]
     # Children before parents: GPT-2's blocks scale the projections that their children have just drawn.
     for module in reversed(list(model.modules())):
-        near = [p for child in (module, *module.children()) for p in child.parameters(recurse=False)]
-        if not (near or list(module.buffers(recurse=False))):
+        near: list[nn.Parameter] = [p for child in (module, *module.children()) for p in child.parameters(recurse=False)]
+        if not (near or any(True for _ in module.buffers(recurse=False))):
             continue
         with gather(near):
             if is_writer or all(p.numel() for p in near):

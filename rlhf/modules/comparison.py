@@ -21,17 +21,15 @@ from rlhf.algorithms.masked import masked_sum
 from rlhf.engines.generation import RolloutEngine
 from rlhf.models.factory import Blueprint
 from rlhf.modules.base import RoleModule
+from rlhf.modules.scorers import Scorer
 from rlhf.types import PairBatch, PromptBatch, Rollout, TextBatch
-
-Gold = Callable[[list[str], list[str], list[bool]], list[float]]
-"""Prompts, answers, whether each ended -> scores."""
 
 
 class Comparison(RoleModule):
     """`names` labels the policies in metrics: `gold/<name>`, `rollout/reward/<name>`, ... The first one is `ref`, the second `actor`."""
 
     def __init__(
-        self, blueprints: dict[str, Blueprint], *, names: list[str], gold: Gold | None, decode: Callable[[Tensor], list[str]],
+        self, blueprints: dict[str, Blueprint], *, names: list[str], gold: Scorer | None, decode: Callable[[Tensor], list[str]],
         samples: int, seed: int,
     ) -> None:  # fmt: skip
         """

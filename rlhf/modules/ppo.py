@@ -1,11 +1,12 @@
-"""Step 3: PPO against the reward model.
+"""Step 3: PPO against the reward.
 
-Names the four networks and holds the arithmetic of one iteration; knows no engine beyond `backward` and `step`, does not say when or
+Names the networks and holds the arithmetic of one iteration; knows no engine beyond `backward` and `step`, does not say when or
 how answers are generated, and has no data set. B sequences of this rank, P prompt tokens, A answer tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from rlhf.algorithms.advantages import RunningMoments, gae, shape_rewards
 from rlhf.algorithms.answers import AnswerMasks, answer_masks, answer_scores, shape_scores
 from rlhf.algorithms.kl import kl_controller, kl_estimate
 from rlhf.algorithms.logprobs import logprobs_and_entropy, token_logprobs
-from rlhf.algorithms.losses import policy_loss, value_loss
+from rlhf.algorithms.losses import policy_loss, sft_loss, value_loss
 from rlhf.algorithms.masked import masked_sum, masked_sums, mean_weights, whiten
 from rlhf.algorithms.mismatch import importance_weights, mismatch
 from rlhf.config import UserError
@@ -24,12 +25,13 @@ from rlhf.modules.base import RoleModule, as_scalars, step_metrics
 from rlhf.modules.heads import restart_head
 from rlhf.modules.minibatches import minibatch_rows
 from rlhf.modules.ppo_metrics import answer_metrics, learning_metrics
+from rlhf.modules.scorers import RewardFunction
 from rlhf.settings import PPOConfig
-from rlhf.types import Experience, PromptBatch, Rollout
+from rlhf.types import Experience, PromptBatch, Rollout, TextBatch
 
 
 class Judged(NamedTuple):
-    """What the four networks say of an answer; zero where no token counts."""
+    """What the networks say of an answer; zero where no token counts."""
 
     logprobs: Tensor  # (B, A) that the ratio is taken against: the actor's, or the sampler's
     ref_logprobs: Tensor  # (B, A)
@@ -43,16 +45,20 @@ class PPO(RoleModule):
 
     trained: ClassVar[tuple[str, ...]] = ("actor", "critic")
 
-    def __init__(self, ppo: PPOConfig, blueprints: dict[str, Blueprint], *, temperature: float, seed: int) -> None:
+    def __init__(
+        self, ppo: PPOConfig, blueprints: dict[str, Blueprint], *, temperature: float, seed: int, function: RewardFunction | None = None
+    ) -> None:  # fmt: skip
         """
         Args:
             temperature: of the rollouts; logprobs are those of the distribution that was sampled from (greedy rollouts: above 0, too).
             seed: of the order of minibatches, the same on every rank.
+            function: `ppo.reward_function`, where `ppo.reward_source` asks for it.
         """
         super().__init__(blueprints)
         self.ppo = ppo
         self.temperature = temperature
         self.seed = seed
+        self.function = function
         self.kl = kl_controller(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon)
         self.score_moments = RunningMoments()
         self.stop_requested = False
@@ -66,10 +72,10 @@ class PPO(RoleModule):
         rollout = batch.rollout
         assert rollout is not None, "a rollout callback fills the batch before the step"
         with self.clock("score"):
-            experience, seen = self.score(rollout)
+            experience, seen = self.score(rollout, batch.texts)
         self.metrics = seen  # there to be looked at, should learning fail
         with self.clock("train"):
-            learned = self.learn(experience)
+            learned = self.learn(experience, batch.plain)
         self.iteration += 1
         self.tokens = {"generate": int(rollout.lengths.sum()), "train": int(rollout.mask.sum()) * self.ppo.epochs}
         self.metrics = seen | learned
@@ -77,21 +83,27 @@ class PPO(RoleModule):
     # --- experience ---
 
     @torch.no_grad()
-    def score(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
+    def score(self, rollout: Rollout, texts: Sequence[str] = ()) -> tuple[Experience, dict[str, float]]:
         """Turns answers into experience: logprobs of actor and ref, values, scores, KL-shaped rewards and advantages, once.
 
+        Args:
+            texts: the prompts, for a reward function.
+
         Raises:
-            UserError: the sampler's logprobs are asked for, and the rollout has none.
+            UserError: the sampler's logprobs are asked for, and the rollout has none; the reward function fails.
         """
         self._require_logprobs(rollout)
-        self.actor.train(self.ppo.score_in_train_mode)
-        self.critic.train(self.ppo.score_in_train_mode)
+        for role in self.trained:
+            getattr(self, role).train(self.ppo.score_in_train_mode)
         parts = [self._judge(micro) for micro in rollout.micro_batches(self.ppo.score_micro_batch_size or len(rollout))]
         judged = Judged(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        if self.function is not None:
+            weight = self.ppo.reward_function_coef
+            judged = judged._replace(scores=judged.scores + weight * self.function(list(texts), rollout))
         tokens, masks = rollout.action_mask, self._masks(rollout)
         shaped = self._shape_scores(judged.scores, rollout)  # (B,)
         rewards = self._rewards(shaped, judged, masks.rewarded)  # (B, A)
-        advantages, returns = gae(rewards, judged.values, masks.rewarded, gamma=self.ppo.gamma, gae_lambda=self.ppo.gae_lambda)
+        advantages, returns = self._advantages(rewards, judged.values, masks.rewarded)  # (B, A) each
         sums = {
             "rows": torch.tensor(float(len(tokens)), device=tokens.device),
             "tokens": tokens.sum(),
@@ -105,8 +117,9 @@ class PPO(RoleModule):
             "score": masked_sums(judged.scores, torch.ones_like(rollout.ended)),
             "advantage": masked_sums(advantages, masks.trained),
             "return": masked_sums(returns, masks.trained),
-            "error": masked_sums(returns - judged.values, masks.trained),
         }
+        if "critic" in self.trained:
+            moments["error"] = masked_sums(returns - judged.values, masks.trained)
         importance, apart, largest = self._compare_with_sampler(rollout, judged.logprobs)
         seen = self._describe(sums | apart, moments) | largest
         if self.ppo.whiten_advantages:
@@ -160,10 +173,20 @@ class PPO(RoleModule):
         else:
             logprobs = token_logprobs(self.actor(rollout.ids, rollout.mask, last=width)[:, :-1], answers, temperature=self.temperature)
         ref_logprobs = token_logprobs(self.ref(rollout.ids, rollout.mask, last=width)[:, :-1], answers, temperature=self.temperature)
-        values = self.critic(rollout.ids, rollout.mask)[:, -width:-1]
-        judged = self.reward(rollout.ids, rollout.mask)  # (B, P + A)
-        scores = answer_scores(judged, rollout.mask[:, : rollout.prompt_length], masks.counted, score_from=self.ppo.score_from)
+        values = self._values(rollout.ids, rollout.mask, answers.shape[1])
+        scores = torch.zeros(len(answers), device=answers.device)  # (B,)
+        if self.ppo.reward_source != "function":
+            judged = self.reward(rollout.ids, rollout.mask)  # (B, P + A)
+            scores = answer_scores(judged, rollout.mask[:, : rollout.prompt_length], masks.counted, score_from=self.ppo.score_from)
         return Judged(logprobs.where(used, 0), ref_logprobs.where(used, 0), values.where(used, 0), scores)
+
+    def _values(self, ids: Tensor, mask: Tensor, width: int) -> Tensor:
+        """(B, P + A) twice -> (B, A), A = width: what the critic expects before each answer token."""
+        return self.critic(ids, mask)[:, -width - 1 : -1]
+
+    def _advantages(self, rewards: Tensor, values: Tensor, rewarded: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, A) each -> advantages and returns, (B, A) each."""
+        return gae(rewards, values, rewarded, gamma=self.ppo.gamma, gae_lambda=self.ppo.gae_lambda)
 
     def _shape_scores(self, scores: Tensor, rollout: Rollout) -> Tensor:  # (B,) -> (B,)
         ppo = self.ppo
@@ -196,17 +219,22 @@ class PPO(RoleModule):
 
     # --- learning ---
 
-    def learn(self, experience: Experience) -> dict[str, float]:
-        """Several passes over one iteration's experience, minibatch by minibatch; actor and critic step together."""
-        self.actor.train()
-        self.critic.train()
+    def learn(self, experience: Experience, plain: TextBatch | None = None) -> dict[str, float]:
+        """Several passes over one iteration's experience, minibatch by minibatch; actor and critic step together.
+
+        Args:
+            plain: text for the pre-training loss, as many rows as all passes together have.
+        """
+        for role in self.trained:
+            getattr(self, role).train()
+        texts = [None] * self._steps if plain is None else list(plain.micro_batches(len(plain) // self._steps))
         totals: dict[str, Tensor] = {}
         results: dict[str, Any] = {}
         largest = torch.zeros(2, device=self.device)
         first: tuple[dict[str, Tensor], Tensor] | None = None
         for epoch in range(self.ppo.epochs):
             for rows in self._minibatches(len(experience), epoch):
-                sums, peaks = self._minibatch(experience.rows(rows.to(self.device)), results)
+                sums, peaks = self._minibatch(experience.rows(rows.to(self.device)), results, texts.pop(0))
                 first = first or (sums, peaks)
                 largest = torch.maximum(largest, peaks)
                 totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
@@ -223,6 +251,11 @@ class PPO(RoleModule):
         totals |= {name: sums[name] / sums["tokens"].clamp(min=1) for name in ("mismatch_abs", "mismatch_kl") if name in sums}
         return learning_metrics(as_scalars(totals)) | step_metrics(results)
 
+    @property
+    def _steps(self) -> int:
+        """Optimizer steps of an iteration that is not stopped early."""
+        return self.ppo.epochs * (self.ppo.batch_size * self.ppo.samples_per_prompt // self.ppo.minibatch_size)
+
     def _minibatches(self, rows: int, epoch: int) -> list[Tensor]:
         world, rank = self.strategy.world_size, self.global_rank
         seed = (self.seed * 1_000_003 + self.iteration) * 1_009 + epoch
@@ -230,28 +263,28 @@ class PPO(RoleModule):
             rows * world, self.ppo.minibatch_size, rank=rank, world_size=world, seed=seed, shuffle=self.ppo.shuffle, first_pass=epoch == 0
         )
 
-    def _minibatch(self, batch: Experience, results: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    def _minibatch(self, batch: Experience, results: dict[str, Any], plain: TextBatch | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step of actor and critic. Returns sums over all ranks, and (2,) the largest ratio and mismatch of this rank."""
         mask = batch.action_mask
         tokens, sequences = self.strategy.sum_over_ranks(torch.stack([mask.sum(), mask.any(dim=1).sum()]).double()).unbind()
         actor_learns = self.iteration >= self.ppo.critic_warmup
+        learners = self.trained if actor_learns else ("critic",)
         sums: dict[str, Tensor] = {}
         largest = torch.zeros(2, device=self.device)
         micros = list(batch.micro_batches(self.ppo.micro_batch_size or len(batch)))
-        for micro in micros:
+        words = self._plain_micro_batches(plain, len(micros)) if actor_learns else []
+        for i, micro in enumerate(micros):
             weights = mean_weights(
                 micro.action_mask, self.ppo.loss_mean, tokens=tokens, sequences=sequences, parts=len(micros) * self.strategy.world_size
             )  # (B, A)
-            part: dict[str, Tensor] = {}
+            part: dict[str, Tensor] = self._learn_plain(*words[i]) if words else {}
             if actor_learns:
                 losses, policy, peaks = self._policy_loss(micro)
                 self.strategy.backward("actor", (losses * weights).sum())
                 part |= policy
                 largest = torch.maximum(largest, peaks)
-            losses, value = self._value_loss(micro)
-            self.strategy.backward("critic", self.ppo.value_loss_coef * (losses * weights).sum())
-            part |= value
-            results.update(self.strategy.step("actor", "critic") if actor_learns else self.strategy.step("critic"))
+            part |= self._learn_values(micro, weights)
+            results.update(self.strategy.step(*learners))
             sums = {name: sums.get(name, 0) + x.detach().double() for name, x in part.items()}
         flat = self.strategy.sum_over_ranks(torch.stack(list(sums.values())))
         return dict(zip(sums, flat, strict=True)) | {"tokens": tokens, "steps": torch.ones_like(tokens)}, largest
@@ -290,12 +323,31 @@ class PPO(RoleModule):
             peaks[1] = apart.largest
         return losses, sums, peaks
 
-    def _value_loss(self, batch: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each token (B, A), and sums over tokens."""
-        mask, width = batch.action_mask, batch.action_mask.shape[1]
-        values = self.critic(batch.ids, batch.mask)[:, -width - 1 : -1]  # (B, A)
+    def _learn_values(self, batch: Experience, weights: Tensor) -> dict[str, Tensor]:
+        """The critic's gradients, each token's loss times its weight (B, A). Returns sums over tokens."""
+        mask = batch.action_mask
+        values = self._values(batch.ids, batch.mask, mask.shape[1])  # (B, A)
         value = value_loss(values, batch.values, batch.returns, mask, value_clip_range=self.ppo.value_clip_range)
-        return value.loss, {"value_loss": masked_sum(value.loss, mask), "value_clipped": masked_sum(value.clipped.float(), mask)}
+        self.strategy.backward("critic", self.ppo.value_loss_coef * (value.loss * weights).sum())
+        return {"value_loss": masked_sum(value.loss, mask), "value_clipped": masked_sum(value.clipped.float(), mask)}
+
+    def _plain_micro_batches(self, plain: TextBatch | None, parts: int) -> list[tuple[TextBatch, Tensor]]:
+        """Plain text in as many parts as the minibatch has, each with the tokens of all parts and ranks."""
+        if plain is None:
+            return []
+        plain = plain.to(self.device)
+        tokens = self.strategy.sum_over_ranks(plain.loss_mask[:, 1:].sum().double())
+        return [(micro, tokens) for micro in plain.micro_batches(len(plain) // parts)]
+
+    def _learn_plain(self, plain: TextBatch, tokens: Tensor) -> dict[str, Tensor]:
+        """PPO-ptx (Ouyang et al. 2022, eq. 2): the mean next-token loss of the text, with a pass of its own that ends no optimizer step.
+
+        The engine counts it as one more micro-batch, and losses are sums already: PPO's gradient stays what it is without.
+        """
+        loss = sft_loss(self.actor(plain.ids, plain.mask), plain.ids, plain.loss_mask).sum()
+        self.strategy.backward("actor", self.ppo.ptx_coef * loss / tokens)
+        self.strategy.step("actor")
+        return {"plain_loss": loss, "plain_tokens": plain.loss_mask[:, 1:].sum()}
 
     # --- resume ---
 

@@ -20,11 +20,11 @@ def answer_metrics(total: dict[str, float], moments: dict[str, Sequence[float]],
 
     Args:
         total: sums over all answers or all their tokens.
-        moments: of score, advantage, return and error (return less value): count, sum and sum of squares.
+        moments: of score, advantage, return and, with a critic, error (return less value): count, sum and sum of squares.
     """
     rows, tokens = total["rows"], max(1.0, total["tokens"])
-    score, advantage, returns, error = (mean_and_variance(moments[name]) for name in ("score", "advantage", "return", "error"))
-    return {
+    score, advantage, returns = (mean_and_variance(moments[name]) for name in ("score", "advantage", "return"))
+    metrics = {
         "rollout/reward": score[0],
         "rollout/reward_std": score[1] ** 0.5,
         "rollout/shaped_reward": total["shaped"] / rows,
@@ -39,18 +39,20 @@ def answer_metrics(total: dict[str, float], moments: dict[str, Sequence[float]],
         "ppo/advantage_std": advantage[1] ** 0.5,
         "ppo/return_mean": returns[0],
         "ppo/return_std": returns[1] ** 0.5,
-        "critic/explained_variance": 1 - error[1] / max(returns[1], 1e-12),
-    } | {name: total[key] / tokens for key, name in BY_TOKEN.items() if key in total}
+    }
+    if "error" in moments:
+        metrics["critic/explained_variance"] = 1 - mean_and_variance(moments["error"])[1] / max(returns[1], 1e-12)
+    return metrics | {name: total[key] / tokens for key, name in BY_TOKEN.items() if key in total}
 
 
 def learning_metrics(totals: dict[str, float]) -> dict[str, float]:
     """Of all minibatches of an iteration: means over their tokens, whatever `ppo.loss_mean` the loss is averaged with."""
     tokens = max(1.0, totals["tokens"])
-    metrics = {
-        "critic/loss": totals["value_loss"] / tokens,
-        "critic/clip_fraction": totals["value_clipped"] / tokens,
-        "ppo/optimizer_steps": totals["steps"],
-    }
+    metrics = {"ppo/optimizer_steps": totals["steps"]}
+    if "value_loss" in totals:
+        metrics |= {"critic/loss": totals["value_loss"] / tokens, "critic/clip_fraction": totals["value_clipped"] / tokens}
+    if "plain_loss" in totals:
+        metrics["actor/ptx_loss"] = totals["plain_loss"] / max(1.0, totals["plain_tokens"])
     if "policy_loss" in totals:
         metrics |= {
             "actor/loss": totals["policy_loss"] / tokens,

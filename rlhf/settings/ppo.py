@@ -6,7 +6,7 @@ Types and ranges only: the values live in conf/ppo, one file a preset, each with
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf.settings.ranges import require, require_at_least_one, require_in, require_one_of
 from rlhf.settings.roles import OptimizerConfig, SchedulerConfig
@@ -55,6 +55,14 @@ class PPOConfig:
     """Sequences over which the adaptive controller reacts."""
 
     # reward
+    reward_source: Literal["model", "function", "both"]
+    """What scores an answer: the reward model, a Python function (then no reward model is loaded), or their sum."""
+    reward_function: str | None
+    """Import path of f(prompts, answers, ended) -> a score for each answer, texts in lists; or of a class whose objects are called so."""
+    reward_function_kwargs: dict[str, Any]
+    """Keywords for `reward_function` where it is a class."""
+    reward_function_coef: float
+    """reward_source=both: weight of the function's score beside the model's."""
     score_from: Literal["end", "mean"]
     """What the reward model says of an answer: its output at the last token, or the mean of its outputs over the answer's tokens."""
     score_slot: Literal["end", "past_end"]
@@ -79,12 +87,18 @@ class PPOConfig:
     """Scales the rewards of all tokens, KL penalty included, to variance 1 over the global batch, around their mean, which stays."""
 
     # advantages
+    advantage: Literal["gae", "rloo", "grpo", "reinforce_pp"]
+    """gae needs a critic; the others have none, so that keys of the critic and its losses say nothing. rloo: an answer's return less the
+    mean return of the prompt's other answers. grpo: less the mean of them all, over their standard deviation. reinforce_pp: the rewards
+    from a token on."""
     gamma: float
+    """gae, reinforce_pp: discount of a reward one token later."""
     gae_lambda: float
+    """gae: 0 trusts the critic after one token, 1 sums the rewards to the end."""
     whiten_advantages: bool
     """Mean 0 and variance 1 over the tokens of the global batch."""
     whiten_unbiased: bool
-    """Variances of whitening are divided by the count less one instead of the count."""
+    """Variances (of whitening, of a group's returns under grpo) are divided by the count less one instead of the count."""
 
     # losses
     loss_mean: Literal["global", "local", "sequence"]
@@ -99,6 +113,8 @@ class PPOConfig:
     value_loss_coef: float
     """Factor of the value loss, which is half the squared error."""
     entropy_coef: float
+    ptx_coef: float
+    """Weight of the next-token loss on the plain text of data.ptx, as many rows of it as sequences in each optimizer step. 0: off."""
     max_kl: float | None
     """Skips the rest of an iteration's minibatches once the mean k1 KL to the old policy passes this. None: off."""
     old_logprobs: Literal["actor", "rollout"]
@@ -141,7 +157,7 @@ class PPOConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1 or null, got {value}")
         for name in (
-            "kl_coef", "value_loss_coef", "critic_warmup", "clip_range", "min_answer_tokens", "length_free", "length_penalty",
+            "kl_coef", "value_loss_coef", "ptx_coef", "critic_warmup", "clip_range", "min_answer_tokens", "length_free", "length_penalty",
         ):  # fmt: skip
             require_in(name, getattr(self, name), 0)
         require_in("gamma", self.gamma, 0, 1)
@@ -154,6 +170,8 @@ class PPOConfig:
         require_one_of("shuffle", self.shuffle, ("rows", "minibatches", "none"))
         require_one_of("kl_in", self.kl_in, ("reward", "loss"))
         require_one_of("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+        require_one_of("advantage", self.advantage, ("gae", "rloo", "grpo", "reinforce_pp"))
+        require_one_of("reward_source", self.reward_source, ("model", "function", "both"))
         require_one_of("score_from", self.score_from, ("end", "mean"))
         require_one_of("score_slot", self.score_slot, ("end", "past_end"))
         require_one_of("reward_moments", self.reward_moments, ("running", "reference"))
@@ -199,10 +217,45 @@ class PPOConfig:
             "reward_moments=reference acts with reward_scaling or reward_centering only: turn one of them on",
         )
         require(
-            not self.whiten_unbiased or self.whiten_advantages or self.whiten_rewards,
-            "whiten_unbiased=true acts with whiten_advantages or whiten_rewards only: set it to false",
+            not self.whiten_unbiased or self.whiten_advantages or self.whiten_rewards or self.advantage == "grpo",
+            "whiten_unbiased=true acts with whiten_advantages, whiten_rewards or advantage=grpo only: set it to false",
         )
         require(
             not self.greedy_rollouts or self.samples_per_prompt == 1,
             f"greedy_rollouts=true gives samples_per_prompt={self.samples_per_prompt} times the same answer: set samples_per_prompt to 1",
         )
+        self._check_reward_function()
+        self._check_critic_free()
+
+    def _check_reward_function(self) -> None:
+        if self.reward_source == "model":
+            require(
+                self.reward_function is None,
+                f"reward_function={self.reward_function} is called with reward_source=function or both only: set reward_source, or the "
+                "function to null",
+            )
+        else:
+            require(
+                self.reward_function is not None,
+                f"reward_source={self.reward_source} needs reward_function, the import path of f(prompts, answers, ended) -> scores",
+            )
+        require(
+            self.reward_function is not None or not self.reward_function_kwargs,
+            "reward_function_kwargs are for a class that reward_function names: set it",
+        )
+        require(
+            self.reward_function_coef == 1 or self.reward_source == "both",
+            f"reward_function_coef={self.reward_function_coef:g} weighs the function against the model: set reward_source=both",
+        )
+
+    def _check_critic_free(self) -> None:
+        if self.advantage == "gae":
+            return
+        require(
+            self.advantage == "reinforce_pp" or self.samples_per_prompt > 1,
+            f"advantage={self.advantage} compares the answers to one prompt, but samples_per_prompt=1: raise it to 2 or more",
+        )
+        without = f"advantage={self.advantage} has no critic"
+        require(self.critic_warmup == 0, f"critic_warmup={self.critic_warmup}, but {without}: set it to 0")
+        require(self.critic_init == "reward", f"critic_init={self.critic_init}, but {without}: leave it at reward")
+        require(self.critic_head == "init", f"critic_head={self.critic_head}, but {without}: leave it at init")

@@ -30,6 +30,14 @@ class Slow(Callback):
         time.sleep(self.seconds)
 
 
+def shorter_is_better(prompts: list[str], answers: list[str], ended: list[bool]) -> list[float]:
+    return [-float(len(answer)) for answer in answers]
+
+
+def refuses(prompts: list[str], answers: list[str], ended: list[bool]) -> list[float]:
+    raise KeyError("no answer like that")
+
+
 class Poison(Callback):
     """Makes the reward model answer NaN from the second iteration on."""
 

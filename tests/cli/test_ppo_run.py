@@ -30,8 +30,13 @@ JOBS: dict[str, tuple[str, ...]] = {
     "greedy": ("ppo=dschat", "ppo.actor_optimizer.lr=0"),
     "everything": (
         "ppo=n_details", "ppo.kl_target=null", "ppo.kl_in=loss", "ppo.kl_estimator=k3", "ppo.importance_cap=2", "ppo.dual_clip=3",
-        "trainer.checkpoint_every=1",
+        "ppo.ptx_coef=1", "data.ptx=[pairs]", "trainer.checkpoint_every=1",
     ),
+    "no critic": (
+        "ppo=grpo", "ppo.samples_per_prompt=2", "ppo.batch_size=4", "ppo.reward_source=function",
+        "ppo.reward_function=mishaps.shorter_is_better", "actor.lora.rank=2",
+    ),
+    "no reward": ("ppo.reward_source=function", "ppo.critic_init=actor", "ppo.reward_function=mishaps.refuses"),
     "out of range": ("trainer.checkpoint_every=1", "+callbacks.guard.ranges={actor/lr: [5.0e-6, 1]}"),
     "nan": ("trainer.checkpoint_every=1", "+callbacks.poison._target_=mishaps.Poison"),
 }  # fmt: skip
@@ -46,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = [[*SMALL, *data, *words, f"run_dir={root / name}", f"rollout.save_to={root / name / 'answers'}"] for name, words in JOBS.items()]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([sys.executable, "-c", CODE, json.dumps(jobs)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.stdout.splitlines()[-1:] == ["[0, 0, 1, 1]"], done.stderr[-4000:]
+    assert done.stdout.splitlines()[-1:] == ["[0, 0, 0, 2, 1, 1]"], done.stderr[-4000:]
     (root / "stderr").write_text(done.stderr)
     return root
 
@@ -58,7 +63,7 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
 
 def error(run_dir: Path) -> str:
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["status"] == "failed"
+    assert summary["status"] in ("failed", "refused")
     return summary["error"]
 
 
@@ -77,7 +82,7 @@ def test_greedy_rollouts_are_the_likeliest_tokens(runs: Path) -> None:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("name", ["greedy", "everything"])
+@pytest.mark.parametrize("name", ["greedy", "everything", "no critic"])
 def test_every_metric_is_explained(name: str, runs: Path) -> None:
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     explained = set(re.findall(r"^\| `([\w/]+)` \|", page, re.MULTILINE))
@@ -85,6 +90,25 @@ def test_every_metric_is_explained(name: str, runs: Path) -> None:
     assert len(written) == 2 and written[0].keys() - {"step"} - explained == set()
     if name == "everything":
         assert explained - written[0].keys() == {"memory/peak_gb"}, "a metric of a GPU"
+
+
+@pytest.mark.launch
+def test_a_run_without_critic_and_reward_model_has_neither(runs: Path) -> None:
+    run_dir = runs / "no critic"
+    assert [path.name for path in (run_dir / "export").iterdir()] == ["actor"]
+    first, *_ = rows(run_dir)
+    assert not [name for name in first if name.startswith("critic/")]
+    assert float(first["rollout/reward"]) < -1, "the function's score, which is minus the length"
+    errors = (runs / "stderr").read_text()
+    assert errors.count("PPO starts from a reward with random weights") == len(JOBS) - 2
+
+
+@pytest.mark.launch
+def test_a_reward_function_that_fails_is_named_with_the_prompt(runs: Path) -> None:
+    assert re.search(
+        r"ppo\.reward_function=mishaps\.refuses raised KeyError: 'no answer like that', for the prompt '.+' and the answer '",
+        error(runs / "no reward"),
+    )
 
 
 @pytest.mark.launch

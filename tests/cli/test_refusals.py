@@ -188,6 +188,42 @@ RULES = {
     "a critic like the actor that is another network": (
         (*PPO, "ppo=n_details", "model@critic.model=tiny-opt"), ("ppo.critic_init=actor needs critic.model and actor.model to be the same",),
     ),
+    "a group of one": ((*PPO, "ppo.advantage=grpo"), ("ppo.advantage=grpo compares the answers to one prompt, but samples_per_prompt=1",)),
+    "a warm-up of no critic": (
+        (*PPO, "ppo.advantage=reinforce_pp", "ppo.critic_warmup=2"), ("ppo.critic_warmup=2, but advantage=reinforce_pp has no critic",),
+    ),
+    "a head of no critic": (
+        (*PPO, "ppo.advantage=reinforce_pp", "ppo.critic_head=zeros"), ("ppo.critic_head=zeros, but advantage=reinforce_pp has no",),
+    ),
+    "weights of no critic": (
+        (*PPO, "ppo=rloo", "ppo.batch_size=1", "critic.init=x"), ("critic.init=x, but ppo.advantage=rloo has no critic: set critic.init=null",),
+    ),
+    "a source without a function": (
+        (*PPO, "ppo.reward_source=function"), ("ppo.reward_source=function needs reward_function, the import path of f(prompts,",),
+    ),
+    "a function that nobody calls": (
+        (*PPO, "ppo.reward_function=json.dumps"), ("ppo.reward_function=json.dumps is called with reward_source=function or both only",),
+    ),
+    "a function that is not there": (
+        (*PPO, "ppo.reward_source=both", "ppo.reward_function=json.dump5"), ("ppo.reward_function: cannot import 'json.dump5'",),
+    ),
+    "a function that is none": (
+        (*PPO, "ppo.reward_source=both", "ppo.reward_function=math.pi"), ("ppo.reward_function=math.pi is no function f(prompts,",),
+    ),
+    "a weight beside nothing": (
+        (*PPO, "ppo.reward_source=function", "ppo.reward_function=json.dumps", "ppo.reward_function_coef=2", "ppo.critic_init=actor"),
+        ("ppo.reward_function_coef=2 weighs the function against the model: set reward_source=both",),
+    ),
+    "a critic from no reward model": (
+        (*PPO, "ppo.reward_source=function", "ppo.reward_function=json.dumps"),
+        ("ppo.critic_init=reward, but ppo.reward_source=function has no reward model", "ppo.critic_init=actor"),
+    ),
+    "a reward model that nobody asks": (
+        (*PPO, "ppo.reward_source=function", "ppo.reward_function=json.dumps", "ppo.critic_init=actor", "reward.init=x"),
+        ("reward.init=x, but ppo.reward_source=function needs no reward model: set reward.init=null",),
+    ),
+    "a pre-training loss without text": ((*PPO, "ppo.ptx_coef=1"), ("ppo.ptx_coef=1, but data.ptx is empty: name a source",)),
+    "text without its loss": ((*PPO, "data.ptx=[pairs]"), ("data.ptx names text", "ppo.ptx_coef=0")),
     "no slots": ((*PPO, *HYBRID, "rollout.micro_batch_size=0"), ("rollout.micro_batch_size must be at least 1, got 0",)),
     "no cache": ((*PPO, *HYBRID, "rollout.max_out_tokens=0"), ("rollout.max_out_tokens must be at least 1, got 0",)),
     "no prefill": ((*PPO, *HYBRID, "rollout.prefill_tokens=0"), ("rollout.prefill_tokens must be at least 1, got 0",)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf.data.collate import CollatePairs, CollatePrompts, CollateTexts, Padding
+from rlhf.types import RankedBatch
 
 PADDING = Padding(pad_id=1, bucket=4, limit=10)
 
@@ -20,7 +21,9 @@ def test_texts_are_padded_right_and_the_loss_is_on_the_answer() -> None:
 
 
 def test_both_sides_of_a_pair_have_one_width() -> None:
-    batch = CollatePairs(padding=PADDING)([{"chosen": [5], "rejected": [6] * 5}, {"chosen": [7, 8], "rejected": [9]}])
+    rows = [{"chosen": [5], "rejected": [6] * 5}, {"chosen": [7, 8], "rejected": [9]}]
+    batch = CollatePairs(padding=PADDING)([{**row, "between": [], "ranks": [0, 1]} for row in rows])
+    assert not isinstance(batch, RankedBatch)
     assert batch.chosen_ids.shape == batch.rejected_ids.shape == (2, 8)
     assert batch.chosen_mask.sum(1).tolist() == [1, 2] and batch.rejected_mask.sum(1).tolist() == [5, 1]
 

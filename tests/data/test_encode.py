@@ -21,6 +21,8 @@ def table(*rows: tuple[str, str | None, str | None], opening: int = 0) -> Datase
         "prompt": [r[0] for r in rows],
         "chosen": [r[1] for r in rows],
         "rejected": [r[2] for r in rows],
+        "between": [None] * len(rows),
+        "ranks": [None] * len(rows),
         "opening": [opening] * len(rows),
     }
     return Dataset.from_dict(columns, features=EXAMPLES)

@@ -54,7 +54,8 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path: Path, suffix: str)
     path = tmp_path / f"rows.{suffix}"
     {"jsonl": rows.to_json, "json": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](str(path))
     first = read("pairs", path)[0]
-    assert first == {"prompt": " Human: question0 Assistant:", "chosen": " good0 answer", "rejected": " bad0", "label": None}
+    expected = {"prompt": " Human: question0 Assistant:", "chosen": " good0 answer", "rejected": " bad0"}
+    assert first == expected | {"label": None, "between": None, "ranks": None}
 
 
 def test_rows_of_the_hub_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -80,7 +81,8 @@ def test_where_keeps_the_rows_asked_for_and_labels_must_be_0_or_1(tmp_path: Path
     rows = [{"text": "fine film", "label": 1, "source": "imdb"}, {"text": "dull", "label": 0, "source": "other"}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     kept = read({"name": "labelled", "where": {"source": "imdb"}}, path)
-    assert kept[:] == {"prompt": [""], "chosen": ["fine film"], "rejected": [None], "label": [1]}
+    expected = {"prompt": [""], "chosen": ["fine film"], "rejected": [None], "label": [1], "between": [None], "ranks": [None]}
+    assert kept[:] == expected
     with pytest.raises(UserError, match="no row is left"):
         read({"name": "labelled", "where": {"source": "imbd"}}, path)
     with pytest.raises(UserError, match=r":1: label must be 0 or 1, got 2"):

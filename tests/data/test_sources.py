@@ -58,7 +58,7 @@ def test_a_row_of_each_source_gives_the_upstream_texts(
     name: str, row: dict[str, Any], prompt: str, chosen: str, rejected: str | None
 ) -> None:
     example = convert(row, source=SOURCES[name], chat=CHAT)
-    assert example == {"prompt": prompt, "chosen": chosen, "rejected": rejected, "label": None}
+    assert example == {"prompt": prompt, "chosen": chosen, "rejected": rejected, "label": None, "between": None, "ranks": None}
 
 
 def test_equal_scores_keep_the_first_answer() -> None:

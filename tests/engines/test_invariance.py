@@ -22,10 +22,10 @@ SMALL = (
     "model@actor.model=tiny", "model@critic.model=tiny", "model@reward.model=tiny", "data=pairs", "data.max_prompt_tokens=12",
     "data.max_answer_tokens=8", "data.split=[1,1,2]", "ppo.iterations=3", "ppo.batch_size=8", "ppo.minibatch_size=8", "ppo.micro_batch_size=4",
     "ppo.score_micro_batch_size=4", "ppo.epochs=2", "ppo.actor_optimizer.lr=1e-2", "ppo.critic_optimizer.lr=1e-2",
-    "ppo.actor_scheduler.warmup=0", "ppo.critic_scheduler.warmup=0", "callbacks=none",
+    "ppo.actor_scheduler.warmup=0", "ppo.critic_scheduler.warmup=0", "ppo.ptx_coef=0.5", "data.ptx=[pairs]", "callbacks=none",
 )  # fmt: skip
 COMPARED = (
-    "actor/loss", "actor/entropy", "actor/grad_norm", "actor/approx_kl", "critic/loss", "critic/grad_norm", "rollout/kl", "rollout/reward",
+    "actor/loss", "actor/ptx_loss", "actor/entropy", "actor/grad_norm", "actor/approx_kl", "critic/loss", "critic/grad_norm", "rollout/kl", "rollout/reward",
     "critic/explained_variance", "ppo/advantage_std",
 )  # fmt: skip
 

@@ -16,10 +16,10 @@ SMALL = (
     "model@actor.model=tiny", "model@critic.model=tiny", "model@reward.model=tiny", "data=pairs", "data.max_prompt_tokens=12",
     "data.max_answer_tokens=8", "data.split=[1,1,2]", "ppo.iterations=6", "ppo.batch_size=8", "ppo.minibatch_size=4", "ppo.micro_batch_size=2",
     "ppo.score_micro_batch_size=4", "ppo.epochs=2", "ppo.actor_optimizer.lr=1e-3", "ppo.critic_optimizer.lr=1e-3", "ppo.kl_target=0.5",
-    "ppo.kl_horizon=50", "ppo.reward_scaling=true", "actor.dropout=0.1", "trainer.checkpoint_every=2", "callbacks=none",
-    "+callbacks.kill._target_=crash.KillRank",
+    "ppo.kl_horizon=50", "ppo.reward_scaling=true", "ppo.ptx_coef=0.5", "data.ptx=[pairs]", "actor.dropout=0.1", "trainer.checkpoint_every=2",
+    "callbacks=none", "+callbacks.kill._target_=crash.KillRank",
 )  # fmt: skip
-"""Everything that a checkpoint has to carry is on: adaptive KL, running reward statistics, dropout, several epochs, schedules."""
+"""Everything that a checkpoint has to carry is on: adaptive KL, running reward statistics, plain text, dropout, several epochs, schedules."""
 
 
 def ppo(run_dir: Path, *overrides: str, kill_at: int | None = None) -> subprocess.CompletedProcess[str]:

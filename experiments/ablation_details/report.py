@@ -1,0 +1,276 @@
+"""The table of the ablation from what run.py left: `python report.py --out DIR [--page docs/ppo_details.md]`.
+
+Writes table.csv, table.md and effects.png, and fills the column `effect measured` of the page. A cell's effect is its gold score less that
+of the cell it was made from, seed by seed: both start from the same SFT and reward model and answer the same prompts. Its interval is the
+2.5th to 97.5th percentile of 10,000 bootstrap means over seeds. With five seeds such an interval is too narrow by about a third, so the table
+also says whether Student's interval of the same differences excludes 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from cells import Cell, load, read_summary
+
+DRAWS = 10_000
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""0.975 quantiles of Student's t for 1 to 9 degrees of freedom; the last is kept beyond, which is on the safe side."""
+COLUMNS = {
+    "gold_sft": "gold/sft", "kl": "kl", "length": "length/ppo", "distinct_2": "distinct_2/ppo",
+    "reward": "reward/ppo",
+}  # fmt: skip
+"""Column -> metric of the summary, as a mean over seeds."""
+TEXT = ("cell", "from", "set", "by_student_too", "verdict", "commit", "message")
+UNMEASURED = "not measured yet"
+
+Row = dict[str, Any]
+Runs = dict[str, dict[int, dict[str, Any]]]
+"""Cell -> seed -> summary, with `value_clipped` and `ratio_clipped` (means over the run)."""
+
+
+def read_runs(out: Path) -> Runs:
+    runs: Runs = {}
+    for file in sorted(out.glob("runs/*/seed-*/summary.json")):
+        summary = read_summary(file.parent)
+        assert summary is not None
+        summary["value_clipped"] = mean_of_column(file.with_name("metrics.csv"), "critic/clip_fraction")
+        summary["ratio_clipped"] = mean_of_column(file.with_name("metrics.csv"), "actor/clip_fraction")
+        runs.setdefault(file.parent.parent.name, {})[int(file.parent.name.removeprefix("seed-"))] = summary
+    return runs
+
+
+def mean_of_column(file: Path, name: str) -> float:
+    """Mean over the rows that have it; nan where none has."""
+    if not file.is_file():
+        return math.nan
+    with file.open(newline="", encoding="utf-8") as f:
+        values = [float(row[name]) for row in csv.DictReader(f) if row.get(name)]
+    return float(np.mean(values)) if values else math.nan
+
+
+def bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """95 % percentile interval of the mean; nan for fewer than two values."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    draws = np.random.default_rng(0).choice(np.asarray(values), size=(DRAWS, len(values)))  # (draws, n)
+    low, high = np.percentile(draws.mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean by Student's t; nan for fewer than two values."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    half = STUDENT[min(len(values) - 2, len(STUDENT) - 1)] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
+def verdict(low: float, high: float, *, diverged: int, base_diverged: int) -> str:
+    """One of: diverges, mends (its base diverges on some seed, it on none), helps, hurts, no difference seen, too few seeds."""
+    if diverged:
+        return "diverges"
+    if base_diverged:
+        return "mends"
+    if math.isnan(low):
+        return "too few seeds"
+    return "helps" if low > 0 else "hurts" if high < 0 else "no difference seen"
+
+
+def table(cells: Mapping[str, Cell], runs: Runs) -> list[Row]:
+    """A row for each cell that was run, in the order of the list."""
+    return [row(cell, runs) for cell in cells.values() if cell.name in runs]
+
+
+def row(cell: Cell, runs: Runs) -> Row:
+    mine = runs[cell.name]
+    done = {seed: summary["metrics"] for seed, summary in mine.items() if summary["status"] == "done"}
+    diverged = sum(summary["status"] == "diverged" for summary in mine.values())
+    gold = [metrics["gold/ppo"] for metrics in done.values()]
+    base = runs.get(cell.base or "", {})
+    base_diverged = sum(base[seed]["status"] == "diverged" for seed in mine if seed in base)
+    both = [seed for seed in done if seed in base and base[seed]["status"] == "done"]
+    differences = [done[seed]["gold/ppo"] - base[seed]["metrics"]["gold/ppo"] for seed in both]
+    low, high = bootstrap(gold)
+    diff_low, diff_high = bootstrap(differences)
+    t_low, t_high = student(differences)
+    judged = verdict(diff_low, diff_high, diverged=diverged, base_diverged=base_diverged) if cell.base else "base"
+    means = {column: mean([metrics[name] for metrics in done.values() if name in metrics]) for column, name in COLUMNS.items()}
+    return {
+        "cell": cell.name, "from": cell.base or "", "set": " ".join(cell.flips), "n": len(gold), "diverged": diverged,
+        "gold": mean(gold), "gold_sd": float(np.std(gold, ddof=1)) if len(gold) > 1 else math.nan, "gold_low": low, "gold_high": high,
+        "below_sft": sum(metrics["gold/ppo"] < metrics["gold/sft"] for metrics in done.values()), "pairs": len(differences), "diff": mean(differences), "diff_low": diff_low, "diff_high": diff_high,
+        "by_student_too": "yes" if t_low > 0 or t_high < 0 else "no", "verdict": judged, **means,
+        "value_clipped": mean([s["value_clipped"] for s in mine.values() if not math.isnan(s["value_clipped"])]),
+        "ratio_clipped": mean([s["ratio_clipped"] for s in mine.values() if not math.isnan(s["ratio_clipped"])]),
+        "seconds": mean([s["wall_seconds"] for s in mine.values()]),
+        "commit": " ".join(sorted({str(s.get("commit")) for s in mine.values()})),
+        "message": next((s["error"] for s in mine.values() if s["status"] == "diverged"), ""),
+    }  # fmt: skip
+
+
+def mixed_seeds(runs: Runs) -> list[int]:
+    """Seeds whose cells did not start from the same SFT model: its gold score differs, so that differences compare more than the cells."""
+    seen: dict[int, set[float]] = {}
+    for by_seed in runs.values():
+        for seed, summary in by_seed.items():
+            if "gold/sft" in summary["metrics"]:
+                seen.setdefault(seed, set()).add(round(summary["metrics"]["gold/sft"], 9))
+    return sorted(seed for seed, scores in seen.items() if len(scores) > 1)
+
+
+def mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
+
+
+# --- files -------------------------------------------------------------------------------------------------------------------
+
+
+def number(value: float, digits: int = 3, *, sign: bool = False) -> str:
+    return "-" if math.isnan(value) else f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def interval(low: float, high: float, *, sign: bool = False) -> str:
+    return "-" if math.isnan(low) else f"{number(low, sign=sign)} to {number(high, sign=sign)}"
+
+
+def read_csv(file: Path) -> list[Row]:
+    """The rows that `write_csv` wrote, numbers as numbers."""
+    with file.open(newline="", encoding="utf-8") as f:
+        return [{key: value if key in TEXT else float(value) for key, value in row.items()} for row in csv.DictReader(f)]
+
+
+def write_csv(rows: Sequence[Row], file: Path) -> None:
+    with file.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for values in rows:
+            writer.writerow({key: (f"{x:.5g}" if isinstance(x, float) else x) for key, x in values.items()})
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    heads = (
+        "cell", "differs from", "by", "n", "diverged", "gold", "sd", "95 %", "below SFT", "paired difference", "95 %", "by Student's t too", "verdict",
+        "KL", "length", "distinct-2", "values clipped", "ratios clipped",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "| --- | --- | --- |" + " ---: |" * 9 + " --- |" + " ---: |" * 5]
+    for r in rows:
+        by = " ".join(f"`{flip}`" for flip in str(r["set"]).split())
+        values = (
+            r["cell"], r["from"] or "-", by, f"{r['n']:.0f}", f"{r['diverged']:.0f}", number(r["gold"]), number(r["gold_sd"]),
+            interval(r["gold_low"], r["gold_high"]), f"{r['below_sft']:.0f}", number(r["diff"], sign=True), interval(r["diff_low"], r["diff_high"], sign=True),
+            r["by_student_too"] if r["pairs"] > 1 else "-", r["verdict"], number(r["kl"], 2), number(r["length"], 2),
+            number(r["distinct_2"], 2), number(r["value_clipped"]), number(r["ratio_clipped"]),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(rows: Sequence[Row], file: Path) -> None:
+    """Paired differences with their intervals, a panel for each base; cells that diverged are crosses at its left edge."""
+    bases = list(dict.fromkeys(r["from"] for r in rows if r["from"] and any(o["from"] == r["from"] and o["pairs"] for o in rows)))
+    if not bases:
+        return
+    groups = {base: [r for r in rows if r["from"] == base] for base in bases}
+    heights = [len(group) + 1.5 for group in groups.values()]
+    fig, axes = plt.subplots(
+        len(groups), 1, figsize=(9, 0.24 * sum(heights) + 1), height_ratios=heights, sharex=True, squeeze=False, layout="constrained"
+    )
+    colours = {"helps": "tab:green", "hurts": "tab:red", "diverges": "black", "mends": "tab:blue"}
+    left = min([r["diff_low"] for r in rows if not math.isnan(r["diff_low"])], default=-0.1)
+    for axis, (base, group) in zip(axes[:, 0], groups.items(), strict=True):
+        axis.axvline(0, color="grey", linewidth=0.8)
+        for y, r in enumerate(reversed(group)):
+            colour = colours.get(r["verdict"], "tab:gray")
+            if math.isnan(r["diff"]):
+                axis.plot(left, y, "x" if r["verdict"] == "diverges" else "o", color=colour)
+            else:
+                axis.plot([r["diff_low"], r["diff_high"]], [y, y], color=colour)
+                axis.plot(r["diff"], y, "x" if r["verdict"] == "diverges" else "o", color=colour, markersize=4)
+        axis.set_yticks(range(len(group)), [r["cell"] for r in reversed(group)], fontsize=7)
+        axis.set_title(f"from {base}", fontsize=9, loc="left")
+    axes[-1, 0].set_xlabel("gold score, paired difference, 95 % bootstrap interval over seeds (crosses: some seed diverged)")
+    fig.savefig(file, dpi=110)
+    plt.close(fig)
+
+
+# --- the page of details -------------------------------------------------------------------------------------------------------
+
+
+def effects(rows: Sequence[Row], known: set[str]) -> dict[str, str]:
+    """What the cells say of each key of the page: `BASE with VALUE: difference (interval), verdict`. Whole presets and the cells of the
+    riddle, which start from four epochs, are left out."""
+    said: dict[str, list[str]] = {}
+    four: set[str] = set()
+    for r in rows:
+        flips = dict(flip.split("=", 1) for flip in str(r["set"]).split())
+        if r["from"] in four or flips.get("ppo.epochs") == "4":
+            four.add(r["cell"])
+        turned = {key.removeprefix("ppo."): value for key, value in flips.items() if key.removeprefix("ppo.") in known}
+        if not r["from"] or r["from"] in four or "ppo" in flips:
+            continue
+        measured = r["verdict"]
+        if not math.isnan(r["diff"]):
+            spread = "" if math.isnan(r["diff_low"]) else f" ({interval(r['diff_low'], r['diff_high'], sign=True)})"
+            measured = f"{number(r['diff'], sign=True)}{spread}, {measured}"
+        for key, value in turned.items():
+            others = "".join(f" and `{other}={turned[other]}`" for other in turned if other != key)
+            said.setdefault(key, []).append(f"{r['from']} with `{value}`{others}: {measured}")
+    return {key: "; ".join(parts) for key, parts in said.items()}
+
+
+def keys_of(page: str) -> set[str]:
+    return set(re.findall(r"^\| `([\w.]+)` \|.*\|.*\|.*\|.*\|.*\|$", page, re.MULTILINE))
+
+
+def filled(page: str, rows: Sequence[Row]) -> str:
+    """The page with the last column of its tables of keys from the rows; keys that no cell turns are `not measured yet`."""
+    said = effects(rows, keys_of(page))
+    lines = []
+    for line in page.splitlines():
+        key = re.match(r"\| `([\w.]+)` \|", line)
+        parts = line.split(" | ")
+        if key and len(parts) == 6:
+            line = " | ".join([*parts[:-1], f"{said.get(key.group(1), UNMEASURED)} |"])
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results, run.py's --out; without it table.csv is read")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="folder of the table")
+    parser.add_argument("--page", type=Path, default=None, help="page whose column is filled")
+    options = parser.parse_args(argv)
+    runs = read_runs(options.out) if options.out is not None else {}
+    if mixed_seeds(runs):
+        print(f"error: seeds {mixed_seeds(runs)} hold runs from different SFT models: run them again into one --out", file=sys.stderr)
+        return 2
+    rows = table(load(), runs) if options.out is not None else read_csv(options.to / "table.csv")
+    if not rows:
+        print(f"error: {options.out} holds no results", file=sys.stderr)
+        return 2
+    options.to.mkdir(parents=True, exist_ok=True)
+    if options.out is not None:
+        write_csv(rows, options.to / "table.csv")
+    (options.to / "table.md").write_text(markdown(rows), encoding="utf-8")
+    figure(rows, options.to / "effects.png")
+    if options.page is not None:
+        options.page.write_text(filled(options.page.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    print(markdown(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
