@@ -19,7 +19,7 @@ SETTINGS = "rlhf.settings."
 
 TOP_LEVEL = (
     "verb", "seed", "run_dir", "resume", "steps", "sweep_metric",
-    "data", "trainer", "launcher", "logger", "callbacks", "hardware",
+    "data", "trainer", "launcher", "logger", "callbacks", "hardware", "plan",
     "actor", "critic", "ref", "reward", "sft", "rm", "dpo", "ppo", "rollout", "tp", "evaluation", "bench",
 )  # fmt: skip
 """Every key that a verb or a sweep may have at the top: another one would be read by nobody."""

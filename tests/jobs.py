@@ -10,6 +10,7 @@ import csv
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def run_together(configs: list[dict[str, Any]], *, world: int) -> None:
         environment = os.environ | rank_environment(rank, world, local_rank=rank, per_node=world, address="127.0.0.1", port=port)
         command = [sys.executable, __file__, *files]
         ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
+    with ThreadPoolExecutor(world) as pool:  # all at once: a rank whose pipe is full would wait, and the others for it in a collective
+        outputs = list(pool.map(lambda rank: rank.communicate(timeout=600)[0], ranks))
     for rank, output in zip(ranks, outputs, strict=True):
         assert rank.returncode == 0, output[-4000:]
 

@@ -112,6 +112,10 @@ def _is_fragment(node: Any) -> bool:
 
 def _run(config: dict[str, Any]) -> dict[str, Any]:
     """The verb's job; a run that is only resumed goes on with the config it was started with."""
+    if config["verb"] == "plan":
+        from rlhf.cli.plan import run_plan
+
+        return run_plan(config)
     from rlhf.cli import rundir
     from rlhf.cli.job import run_job
     from rlhf.cli.pipeline import run_pipeline

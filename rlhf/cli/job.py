@@ -33,7 +33,11 @@ def checked(config: Mapping[str, Any]) -> Any:
     """
     cfg = build(config)
     check(cfg)
-    accelerator(cfg.trainer)
+    kind = accelerator(cfg.trainer)
+    if kind == "cuda":
+        from rlhf.cli.plan import require_fit
+
+        require_fit(cfg, kind)
     return cfg
 
 

@@ -15,6 +15,7 @@ VERBS = {
     "ppo": "step 3: PPO against the reward model",
     "dpo": "the actor from pairs, without a reward model",
     "evaluate": "two policies on the same held-out prompts, reward-model accuracy, perplexity",
+    "plan": "what fits, how long it takes and what it costs: `plan ppo` (the default), `plan sft`, ...; --json for scripts",
     "bench": "rollouts on this machine: `bench rollout` times them, `bench parity` compares them with transformers",
 }
 
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     from rlhf.logging import setup_logging
 
     setup_logging()
+    if verb == "plan":
+        rest = ["plan.json=true" if word == "--json" else word for word in rest]
     return run(verb, rest)
 
 

@@ -17,7 +17,7 @@ from rlhf.cli.summary_page import plot_pipeline, print_pipeline
 from rlhf.config import UserError
 from rlhf.logging import log
 
-COMMON = ("seed", "run_dir", "resume", "data", "trainer", "launcher", "logger", "callbacks", "hardware")
+COMMON = ("seed", "run_dir", "resume", "data", "trainer", "launcher", "logger", "callbacks", "hardware", "plan")
 PARTS = {
     "sft": ("actor", "sft"),
     "reward": ("reward", "rm"),
@@ -51,6 +51,8 @@ def step_config(config: Mapping[str, Any], step: str) -> dict[str, Any]:
         start("actor", ("sft", "actor"))
         if reads_reward_model(config):
             start("reward", ("reward", "reward"))
+        else:
+            part["reward"] = {**part["reward"], "init": None}  # the evaluation alone reads it
     if step == "evaluate":
         start("actor", ("ppo", "actor"), ("sft", "actor"))
         start("reward", ("reward", "reward"))

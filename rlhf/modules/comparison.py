@@ -16,11 +16,12 @@ from torch import Tensor
 
 from rlhf.algorithms.kl import kl_estimate
 from rlhf.algorithms.logprobs import token_logprobs
-from rlhf.algorithms.losses import end_scores, sft_loss
+from rlhf.algorithms.losses import comparisons, end_scores, sft_loss
 from rlhf.algorithms.masked import masked_sum
 from rlhf.engines.generation import RolloutEngine
 from rlhf.models.factory import Blueprint
 from rlhf.modules.base import RoleModule
+from rlhf.modules.reward import every_answer
 from rlhf.modules.scorers import Scorer
 from rlhf.types import PairBatch, PromptBatch, Rollout, TextBatch
 
@@ -62,9 +63,11 @@ class Comparison(RoleModule):
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
     def _judge_pairs(self, batch: PairBatch) -> None:
-        chosen = end_scores(self.reward(batch.chosen_ids, batch.chosen_mask), batch.chosen_mask)
-        rejected = end_scores(self.reward(batch.rejected_ids, batch.rejected_mask), batch.rejected_mask)
-        self._add({"pairs": float(len(chosen)), "right": (chosen > rejected).sum(), "chosen": chosen.sum(), "rejected": rejected.sum()})
+        ids, mask, ranks = every_answer(batch)  # (N, T), (N, T), (B, K)
+        scores = end_scores(self.reward(ids, mask), mask)  # (N,)
+        better, worse, _ = comparisons(ranks)  # (C,) twice
+        chosen, rejected = scores[better], scores[worse]  # (C,)
+        self._add({"pairs": float(len(better)), "right": (chosen > rejected).sum(), "chosen": chosen.sum(), "rejected": rejected.sum()})
 
     def _compare(self, batch: PromptBatch, batch_idx: int) -> None:
         """Every policy answers with the same random stream; the training's stream is left as it was."""

@@ -21,7 +21,7 @@ def restart_head(module: RoleModule, role: str, how: str) -> None:
     weight = getattr(module, role).model.score.weight  # (1, D)
     with module.gather_for_writing([weight]):
         if module.global_rank == 0 or weight.numel():
-            fresh = torch.zeros(weight.shape)
+            fresh = torch.zeros(weight.shape, device="cpu")  # Lightning builds networks with the GPU as the default device
             if how == "uniform":
                 bound = weight.shape[1] ** -0.5
                 fresh.uniform_(-bound, bound, generator=torch.Generator().manual_seed(torch.initial_seed() % 2**63))

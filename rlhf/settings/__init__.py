@@ -7,6 +7,7 @@ raises ValueError that begins with the field's name; `rlhf.config.build` puts th
 from rlhf.settings.bench import ParityBenchConfig, RolloutBenchConfig
 from rlhf.settings.data import ChatFormat, DataConfig
 from rlhf.settings.dpo import DPOConfig
+from rlhf.settings.plan import EfficiencyConfig, PlanCheckConfig, PlanConfig
 from rlhf.settings.ppo import PPOConfig
 from rlhf.settings.roles import FrozenConfig, LoraConfig, ModelConfig, OptimizerConfig, RoleConfig, SchedulerConfig, ZeroConfig
 from rlhf.settings.run import HardwareConfig, LauncherConfig, TrainerConfig
@@ -23,6 +24,7 @@ __all__ = [
     "ChatFormat",
     "DPOConfig",
     "DataConfig",
+    "EfficiencyConfig",
     "EvaluationConfig",
     "FrozenConfig",
     "HardwareConfig",
@@ -32,6 +34,8 @@ __all__ = [
     "OptimizerConfig",
     "PPOConfig",
     "ParityBenchConfig",
+    "PlanCheckConfig",
+    "PlanConfig",
     "RewardTrainingConfig",
     "RoleConfig",
     "RolloutBenchConfig",

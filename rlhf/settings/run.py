@@ -74,7 +74,7 @@ class HardwareConfig:
 
     name: str
     memory_gb: float
-    """Memory of one device, 10^9 bytes."""
+    """Memory of one device that a program can have, 10^9 bytes."""
     bandwidth_gbs: float
     """Device memory bandwidth, 10^9 bytes/s."""
     tflops_16bit: float
@@ -84,10 +84,16 @@ class HardwareConfig:
     """Between two devices of one node, one direction, 10^9 bytes/s."""
     network_gbs: float
     """Of one node, one direction, 10^9 bytes/s."""
+    host_memory_gb: float
+    """Main memory of one node, 10^9 bytes; 0: unknown."""
+    host_link_gbs: float
+    """Between one device and its host, one direction, 10^9 bytes/s; 0: none."""
     price_per_hour: float
     """US dollars for one device and hour; 0: unknown."""
 
     def __post_init__(self) -> None:
         require_at_least_one(devices_per_node=self.devices_per_node)
-        for name in ("memory_gb", "bandwidth_gbs", "tflops_16bit", "link_gbs", "network_gbs", "price_per_hour"):
+        for name in (
+            "memory_gb", "bandwidth_gbs", "tflops_16bit", "link_gbs", "network_gbs", "host_memory_gb", "host_link_gbs", "price_per_hour",
+        ):  # fmt: skip
             require_in(name, getattr(self, name), 0)

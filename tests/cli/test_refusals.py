@@ -175,7 +175,7 @@ RULES = {
     ),
     "moments that nobody uses": ((*PPO, "ppo.reward_moments=reference"), ("ppo.reward_moments=reference acts with reward_scaling or",)),
     "a variance that nobody uses": (
-        (*PPO, "ppo.whiten_advantages=false", "ppo.whiten_unbiased=true"), ("ppo.whiten_unbiased=true acts with whiten_advantages or",),
+        (*PPO, "ppo.whiten_advantages=false", "ppo.whiten_unbiased=true"), ("ppo.whiten_unbiased=true acts with whiten_advantages, whiten_rewards or",),
     ),
     "a slot that the sampler does not know": (
         (*PPO, *HYBRID, "ppo.score_slot=past_end", "ppo.old_logprobs=rollout"),

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import torch
 from jobs import composed
 from on_ranks import networks, settings
 from tiny import config
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from rlhf.config import build
 from rlhf.models.factory import build_network
+from rlhf.modules.heads import restart_head
 from rlhf.modules.reward import RewardModel
 
 
@@ -56,3 +58,12 @@ WIDTH = 512
 
 def wide() -> Any:
     return config("llama", hidden_size=WIDTH, num_hidden_layers=1)
+
+
+def test_a_head_is_drawn_on_the_cpu_whatever_the_default_device() -> None:
+    """Lightning makes the GPU the default device while networks are built; `meta` stands for it here."""
+    module = copy.deepcopy(networks())
+    for how in ("uniform", "zeros"):
+        with torch.device("meta"):
+            restart_head(module, "critic", how)
+        assert bool((module.critic.model.score.weight == 0).all()) == (how == "zeros")

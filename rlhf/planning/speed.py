@@ -1,0 +1,209 @@
+"""Seconds of one iteration by phase: operations and bytes over what the hardware does, times the share of it that an engine reaches.
+
+A roofline with named efficiencies (conf/efficiency). Counts of operations are exact to the leading terms, all rates are estimates or fits.
+Knows nothing of what fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf.planning import rollouts, states
+from rlhf.planning.networks import Network
+from rlhf.planning.workload import Role, Workload
+from rlhf.settings import EfficiencyConfig, HardwareConfig
+
+GIGA, TERA, MICRO = 1e9, 1e12, 1e-6
+ADAM_BYTES = {"fused_adam": 42, "adamw": 70}
+"""Bytes a trained parameter that a step moves on the GPU: state read and written, gradients made flat and fp32 (12 more); torch's AdamW
+reads and writes again for each of its operations (estimate)."""
+HOST_ADAM_BYTES = 30
+"""The same on the host: state and gradient read, state and 16-bit weight written."""
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """Seconds of one iteration by phase. Empty: the hardware's rates are not known."""
+
+    seconds: dict[str, float]
+    sequences: int
+    """Of one iteration, over all ranks."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def sequences_per_second(self) -> float:
+        return self.sequences / self.total if self.total else 0.0
+
+
+def time_plan(work: Workload, hardware: HardwareConfig, efficiency: EfficiencyConfig) -> TimePlan:
+    """One iteration: generate, score, train, update, as they follow each other on every rank."""
+    if hardware.tflops_16bit == 0 or hardware.bandwidth_gbs == 0:
+        return TimePlan({}, work.global_batch)
+    clock = Clock(work, hardware, efficiency)
+    seconds: dict[str, float] = {}
+    if work.rollout is not None and work.rollout.engine != "recorded":
+        seconds |= {"gather": clock.gather(), "prefill": clock.prefill(), "decode": clock.decode()}
+    seconds["score"] = sum(clock.score(role) for role in scoring_roles(work))
+    for role in work.roles.values():
+        if role.trained:
+            seconds[f"train {role.name}"] = clock.train(role)
+    trained = [role for role in work.roles.values() if role.trained]
+    seconds["optimizer"] = sum(clock.optimizer(role) for role in trained)
+    seconds["communication"] = sum(clock.communication(role) for role in work.roles.values())
+    seconds["other"] = efficiency.iteration_ms / 1e3
+    return TimePlan({name: value for name, value in seconds.items() if value > 0}, work.global_batch)
+
+
+def scoring_roles(work: Workload) -> list[Role]:
+    """Roles with a forward pass that nothing is learned from."""
+    if work.step == "ppo":
+        return [role for role in work.roles.values() if role.name != "actor" or work.old_logprobs == "actor"]
+    return [role for role in work.roles.values() if not role.trained]
+
+
+def forward_operations(net: Network, kind: str, rows: float, length: int, scored: int) -> float:
+    """Of a forward pass over (rows, length) tokens: two a weight and token, and the causal half of attention's two products."""
+    backbone = 2.0 * net.multiplied * length + 4.0 * net.layers * net.heads * net.head_dim * length * length / 2
+    head = 2.0 * net.vocab * net.embed_width * scored if kind == "causal" else 0.0
+    return rows * (backbone + head)
+
+
+class Clock:
+    """The phases of one rank. Every method returns seconds of one iteration."""
+
+    def __init__(self, work: Workload, hardware: HardwareConfig, efficiency: EfficiencyConfig) -> None:
+        self.work, self.hardware, self.efficiency = work, hardware, efficiency
+        # Data sheets give 16-bit rates; fp32 products run at half of TF32's half at best.
+        self.rate = hardware.tflops_16bit * TERA / (1 if work.element == 2 else 4)
+        self.memory = hardware.bandwidth_gbs * GIGA * efficiency.memory
+
+    # --- rollout ---
+
+    def gather(self) -> float:
+        """Making the actor whole where it is sharded, and copying what the decoder holds itself."""
+        work, actor = self.work, self.work.roles["actor"]
+        copied = 2 * rollouts.copies(work) / self.memory
+        if actor.stage != 3:
+            return copied
+        size = float(actor.parameters + actor.adapters) * work.element
+        return copied + self.collective(size * (work.ranks - 1) / work.ranks, actor.network.layers) + self.from_host(actor, size)
+
+    def waves(self) -> float:
+        """How often the decoder's slots are filled."""
+        rows = self.work.batch * (self.work.tp if rollouts.fast(self.work) else 1)
+        return rows / rollouts.slots(self.work)
+
+    def prefill(self) -> float:
+        """Prompts through the actor, each once however many answers it gets. A tensor-parallel group shares the work for all its prompts."""
+        work, net = self.work, self.work.roles["actor"].network
+        prompts = work.batch / (work.samples if rollouts.fast(work) else 1)
+        operations = forward_operations(net, "scalar", prompts, work.prompt, 1)
+        layers = net.layers * self.waves() * self.efficiency.eager_layer_us * MICRO
+        exchanged = self.tensor_parallel(prompts * work.tp * work.prompt, net.layers * self.waves())
+        return max(operations / (self.rate * self.efficiency.forward), layers) + exchanged
+
+    def decode(self) -> float:
+        """Steps that read the weights and the live part of the cache, at its mean length."""
+        work, net, tp = self.work, self.work.roles["actor"].network, self.work.tp
+        n = rollouts.slots(work)
+        steps = max(0, work.answer - 1) * self.waves()
+        head = net.vocab * net.embed_width
+        weights = (net.multiplied + head) * work.element / tp
+        live = n * (work.prompt + work.answer / 2) * net.kv_width / tp * net.layers * work.element
+        reading = (weights + live * self.efficiency.decode_cache_passes) / self.memory
+        products = 2.0 * (net.multiplied + head) / tp * n / (self.rate * self.efficiency.forward)
+        gaps = net.layers * self.efficiency.decode_layer_us * MICRO
+        return steps * (max(reading, products) + gaps + self.tensor_parallel(n, net.layers))
+
+    def tensor_parallel(self, tokens: float, layers: float) -> float:
+        """Two sums over the group in each layer, of one hidden state a token."""
+        work = self.work
+        if work.tp == 1:
+            return 0.0
+        size = 2.0 * tokens * work.roles["actor"].network.hidden * work.element * (work.tp - 1) / work.tp
+        per_layer = size / (self.hardware.link_gbs * GIGA * self.efficiency.link) + self.efficiency.collective_us * MICRO
+        return 2 * layers * per_layer
+
+    # --- passes over whole rows ---
+
+    def score(self, role: Role) -> float:
+        work = self.work
+        operations = forward_operations(role.network, role.kind, work.batch, work.length, work.scored)
+        return max(operations / (self.rate * self.efficiency.forward), self.eager(role, work.batch / work.score_micro))
+
+    def train(self, role: Role) -> float:
+        """Forward and backward pass. The backward pass is twice the forward one; where only adapters learn, matrices need no gradient of
+        their own, which halves it. Checkpointing runs the forward pass again."""
+        work = self.work
+        rows = float(work.batch * work.passes)
+        forward = forward_operations(role.network, role.kind, rows, work.length, work.scored)
+        texts = work.ptx and role.kind == "causal"  # as many rows again, all of whose tokens are predicted
+        if texts:
+            forward += forward_operations(role.network, role.kind, rows, work.length, work.length)
+        factor = 1.0 + (1.0 if role.lora is not None else 2.0) + (1.0 if role.checkpointing else 0.0)
+        passes = rows / work.micro * factor * (2 if texts else 1)
+        return max(factor * forward / (self.rate * self.efficiency.training), self.eager(role, passes))
+
+    def eager(self, role: Role, passes: float) -> float:
+        """The least that the launches of so many forward passes take."""
+        return passes * role.network.layers * self.efficiency.eager_layer_us * MICRO
+
+    # --- optimizer ---
+
+    def optimizer(self, role: Role) -> float:
+        work = self.work
+        trained = role.trainable / states.sharded(role, work)
+        if not role.zero.offload_optimizer:
+            return work.steps * trained * ADAM_BYTES.get(str(role.optimizer), 70) / self.memory
+        host = trained * work.per_node * HOST_ADAM_BYTES / (self.efficiency.host_adam_gbs * GIGA)
+        moved = trained * 2 * work.element / self.host_link
+        return work.steps * (host + moved)
+
+    @property
+    def host_link(self) -> float:
+        return max(1.0, self.hardware.host_link_gbs * GIGA * self.efficiency.host_link)
+
+    def from_host(self, role: Role, size: float) -> float:
+        """Seconds in which one rank's share of parameters in host memory reaches it."""
+        return size / self.work.ranks / self.host_link if role.zero.offload_params else 0.0
+
+    # --- communication ---
+
+    def collective(self, size: float, calls: float) -> float:
+        """An all-gather or reduce-scatter in which every rank receives `size` bytes: within a node at the link's rate, between nodes each
+        byte enters a node once."""
+        work, efficiency = self.work, self.efficiency
+        if work.ranks == 1:
+            return 0.0
+        link = self.hardware.link_gbs * GIGA * efficiency.link
+        seconds = size / link if link else 0.0
+        if work.nodes > 1:
+            between = size * work.ranks / max(1, work.ranks - 1) * (work.nodes - 1) / work.nodes
+            seconds = max(seconds, between / (self.hardware.network_gbs * GIGA * efficiency.network))
+        return seconds + calls * efficiency.collective_us * MICRO
+
+    def communication(self, role: Role) -> float:
+        """Gradients and parameters between ranks, less what computing hides."""
+        work, ranks = self.work, self.work.ranks
+        share = (ranks - 1) / ranks
+        parameters = float(role.parameters + role.adapters) * work.element
+        gradients = role.trainable * work.element * share
+        micros = work.passes * work.batch / work.micro
+        size = calls = 0.0
+        if role.stage == 3:
+            gathers = (work.batch / work.score_micro if role in scoring_roles(work) else 0.0) + (2 * micros if role.trained else 0.0)
+            size += gathers * parameters * share
+            calls += gathers * role.network.layers
+            if role.trained:
+                size += micros * gradients
+            loading = gathers * self.from_host(role, parameters)
+        else:
+            loading = 0.0
+            if role.trained:
+                reductions = micros if role.stage == 2 else work.steps
+                size += (reductions + work.steps) * gradients
+                calls += 2 * work.steps
+        return (self.collective(size, calls) + loading) * (1 - self.efficiency.overlap)
