@@ -133,8 +133,12 @@ def world_size(cfg: Any) -> int:
 
 
 def roles(cfg: Any) -> dict[str, Any]:
-    """The roles of a run that have a network of their own, by name."""
-    return {name: getattr(cfg, name) for name in ("actor", "critic", "reward") if hasattr(cfg, name)}
+    """The roles of a run that have a network of their own, by name: PPO may do without a critic or a reward model."""
+    absent: set[str] = set()
+    if cfg.verb == "ppo":
+        absent |= {"critic"} if cfg.ppo.advantage != "gae" else set()
+        absent |= {"reward"} if cfg.ppo.reward_source == "function" else set()
+    return {name: getattr(cfg, name) for name in ("actor", "critic", "reward") if name not in absent and hasattr(cfg, name)}
 
 
 def check(cfg: Any) -> None:

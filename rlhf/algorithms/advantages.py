@@ -117,9 +117,9 @@ def group_normalized(returns: Tensor, samples: int, *, unbiased: bool) -> Tensor
     Returns:
         (B,) fp32.
     """
-    groups = returns.float().view(samples, -1)  # (samples, prompts)
+    groups = returns.double().view(samples, -1)  # (samples, prompts): in fp32 the mean of equal returns is off by as much as GROUP_EPS
     deviations = groups - groups.mean(dim=0)
-    return (deviations / (groups.std(dim=0, correction=int(unbiased)) + GROUP_EPS)).flatten()
+    return (deviations / (groups.std(dim=0, correction=int(unbiased)) + GROUP_EPS)).flatten().float()
 
 
 class RunningMoments:

@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rlhf: error: no such verb: {verb}{nearest(verb, VERBS)}; rlhf --help lists them", file=sys.stderr)
         return 2
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # import paths in a configuration may name the user's own modules, as `python -m` finds them
     from rlhf.cli.hydra_app import run
     from rlhf.logging import setup_logging
 

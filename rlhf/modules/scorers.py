@@ -6,8 +6,7 @@ Knows texts; knows no network. B answers.
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, cast
 
 import torch
@@ -38,9 +37,12 @@ def load_scorer(key: str, path: str, kwargs: dict[str, Any]) -> Scorer:
         raise UserError(f"{key}: {error}") from error
     if inspect.isclass(scorer):
         try:
-            return cast(Scorer, scorer(**kwargs))
+            built = scorer(**kwargs)
         except TypeError as error:
             raise UserError(f"{key}_kwargs do not fit {path}: {error}") from error
+        if not callable(built):
+            raise UserError(f"{key}={path} is a class whose objects cannot be called: give it __call__(prompts, answers, ended) -> scores")
+        return cast(Scorer, built)
     if kwargs:
         raise UserError(f"{key}_kwargs are for a class, but {path} is a function")
     if not callable(scorer):
@@ -68,10 +70,16 @@ class RewardFunction:
         answers = self.decode(rollout.ids[:, rollout.prompt_length :])
         prompts, ended = texts * (len(answers) // len(texts)), rollout.ended.tolist()  # sample-major, as the rollout
         try:
-            scores = list(self.scorer(prompts, answers, ended))
+            returned: Any = self.scorer(prompts, answers, ended)
+            scores = list(returned) if isinstance(returned, Iterable) and not isinstance(returned, str | bytes | Mapping | Set) else None
         except Exception as error:
             where = self._culprit(prompts, answers, ended)
             raise UserError(f"ppo.reward_function={self.path} raised {type(error).__name__}: {error}, for {where}") from error
+        if scores is None:
+            raise UserError(
+                f"ppo.reward_function={self.path} returned a {type(returned).__name__} for {len(answers)} answers, the first to the prompt "
+                f"{shown(prompts[0])}: it must return a list with one number for each"
+            )
         if len(scores) != len(answers):
             raise UserError(
                 f"ppo.reward_function={self.path} returned {len(scores)} scores for {len(answers)} answers, the first to the prompt "
@@ -96,8 +104,11 @@ class RewardFunction:
 
 
 def is_finite_number(value: Any) -> bool:
+    """Whether it stands for a number that is finite in fp32, too; a text of digits does not."""
+    if isinstance(value, str | bytes):
+        return False
     try:
-        return math.isfinite(float(value))
+        return abs(float(value)) <= torch.finfo(torch.float32).max
     except (TypeError, ValueError, OverflowError):
         return False
 

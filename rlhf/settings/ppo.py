@@ -255,6 +255,10 @@ class PPOConfig:
             self.advantage == "reinforce_pp" or self.samples_per_prompt > 1,
             f"advantage={self.advantage} compares the answers to one prompt, but samples_per_prompt=1: raise it to 2 or more",
         )
+        require(
+            self.advantage == "reinforce_pp" or self.gamma == 1,
+            f"gamma={self.gamma:g} discounts later rewards, but advantage={self.advantage} takes an answer's rewards as one sum: set it to 1",
+        )
         without = f"advantage={self.advantage} has no critic"
         require(self.critic_warmup == 0, f"critic_warmup={self.critic_warmup}, but {without}: set it to 0")
         require(self.critic_init == "reward", f"critic_init={self.critic_init}, but {without}: leave it at reward")

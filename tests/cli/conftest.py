@@ -16,9 +16,10 @@ from rlhf.logging import log
 
 @pytest.fixture(autouse=True)
 def own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Cached rows go below the test's folder; environment, argv and the log's handler are as before afterwards."""
+    """Cached rows go below the test's folder; environment, argv, path and the log's handler are as before afterwards."""
     environment, handlers, propagate = dict(os.environ), list(log.handlers), log.propagate
     monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)
     os.environ["RLHF_CACHE"] = str(tmp_path / "cache")

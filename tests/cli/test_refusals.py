@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,6 +190,9 @@ RULES = {
         (*PPO, "ppo=n_details", "model@critic.model=tiny-opt"), ("ppo.critic_init=actor needs critic.model and actor.model to be the same",),
     ),
     "a group of one": ((*PPO, "ppo.advantage=grpo"), ("ppo.advantage=grpo compares the answers to one prompt, but samples_per_prompt=1",)),
+    "a discount of one sum": (
+        (*PPO, "ppo=rloo", "ppo.batch_size=1", "ppo.gamma=0.9"), ("ppo.gamma=0.9 discounts", "advantage=rloo takes", "set it to 1"),
+    ),
     "a warm-up of no critic": (
         (*PPO, "ppo.advantage=reinforce_pp", "ppo.critic_warmup=2"), ("ppo.critic_warmup=2, but advantage=reinforce_pp has no critic",),
     ),
@@ -261,6 +265,19 @@ RULES = {
 def test_keys_that_do_not_go_together(words: tuple[str, ...], parts: tuple[str, ...], refused: Refused, there: tuple[str, str]) -> None:
     run_dir, data = there
     says(refused(*words, run_dir, *(() if words[0] == "pipeline" else (data,))), parts)
+
+
+def test_a_function_of_the_working_directory_is_found(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a role that is never built may be of any size: only the missing file is refused."""
+    (tmp_path / "rewards_of_mine.py").write_text("def score(prompts, answers, ended):\n    return [0.0] * len(prompts)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])  # of the command, not of `python -m`
+    function = ("ppo.reward_source=function", "ppo.reward_function=rewards_of_mine.score", "ppo.critic_init=actor")
+    short = ("reward.model.shape.max_position_embeddings=8", "critic.model.shape.max_position_embeddings=8")
+    says(refused(*PPO, *function, short[0], "run_dir=run", "data.path=none.jsonl"), ("none.jsonl: the file does not exist",))
+    free = ("ppo.advantage=reinforce_pp", short[1])
+    says(refused(*PPO, *free, "run_dir=run", "data.path=none.jsonl"), ("none.jsonl: the file does not exist",))
+    says(refused(*PPO, short[1], "run_dir=run", "data.path=none.jsonl"), ("= 20 passes the context of critic.model",))
 
 
 def test_external_ranks_need_one_directory(refused: Refused, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,12 @@ def fails_on_the_second(prompts: list[str], answers: list[str], ended: list[bool
 BAD: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "raises": (fails_on_the_second, ("raised ZeroDivisionError: nothing to divide", "'second prompt'")),
     "too few": (lambda prompts, answers, ended: [1.0], ("returned 1 scores for 4 answers", "'first prompt'")),
-    "a number": (lambda prompts, answers, ended: 1.0, ("TypeError",)),
+    "a number": (lambda prompts, answers, ended: 1.0, ("returned a float for 4 answers", "'first prompt'", "must return a list")),
+    "nothing": (lambda prompts, answers, ended: None, ("returned a NoneType for 4 answers",)),
+    "a text": (lambda prompts, answers, ended: "1234", ("returned a str for 4 answers",)),
+    "a score by answer": (lambda prompts, answers, ended: {i: 0.0 for i in range(4)}, ("returned a dict for 4 answers",)),
+    "texts of digits": (lambda prompts, answers, ended: ["1"] * 4, ("returned '1' for the prompt 'first prompt'",)),
+    "infinite in fp32": (lambda prompts, answers, ended: [0.0, 1e39, 0.0, 0.0], ("returned 1e+39", "'second prompt'")),
     "a table": (lambda prompts, answers, ended: [[1.0, 2.0]] * 4, ("returned [1.0, 2.0] for the prompt 'first prompt'", "finite number")),
     "not a number": (lambda prompts, answers, ended: [1.0, float("nan"), 0.0, 0.0], ("returned nan", "'second prompt'")),
     "none": (lambda prompts, answers, ended: [0.0, None, 0.0, 0.0], ("returned None", "'second prompt'")),
@@ -63,6 +68,11 @@ def test_what_cannot_be_a_reward_is_refused(scorer: Callable[..., Any], words: t
     with pytest.raises(UserError) as refusal:
         reward(scorer)(TEXTS, rollout())
     assert all(word in str(refusal.value) for word in ("ppo.reward_function=my.reward", *words)), refusal.value
+
+
+@pytest.mark.parametrize("returned", [(0.0, 1.0, 2.0, 3.0), torch.arange(4.0), range(4)], ids=["tuple", "tensor", "range"])
+def test_other_rows_of_numbers_are_taken(returned: Any) -> None:
+    assert reward(lambda *_: returned)(TEXTS, rollout()).tolist() == [0, 1, 2, 3]
 
 
 def test_sources_of_the_reward() -> None:
@@ -103,5 +113,7 @@ def test_a_class_is_built_with_its_keywords() -> None:
         load_scorer("ppo.reward_function", f"{__name__}.Threshold", {"above": 3})
     with pytest.raises(UserError, match=r"ppo\.reward_function: cannot import"):
         load_scorer("ppo.reward_function", "rlhf.nowhere.f", {})
+    with pytest.raises(UserError, match=r"ppo\.reward_function=builtins\.object is a class whose objects cannot be called"):
+        load_scorer("ppo.reward_function", "builtins.object", {})
     with pytest.raises(UserError, match="is a list, not a function"):
         load_scorer("ppo.reward_function", f"{__name__}.TEXTS", {})
