@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from plans import job
-from test_networks import _canonical
+from test_network_sizes import _canonical
 from tiny import config
 from torch import Tensor
 from transformers import AutoModelForCausalLM

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from plans import job
-from test_networks import _canonical
+from test_network_sizes import _canonical
 from tiny import config
 from transformers import AutoModelForCausalLM
 
