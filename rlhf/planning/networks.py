@@ -1,6 +1,6 @@
 """A network as counts: its matrices, vectors and tables, read from a model's `shape`.
 
-Counts are exact: `tests/planning/test_networks.py` compares them with `parameters` of every file in conf/model. Knows families and their
+Counts are exact: `tests/planning/test_network_sizes.py` compares them with `parameters` of every file in conf/model. Knows families and their
 config keywords; knows no engine. D hidden, H heads, K key/value heads, F intermediate, V vocabulary.
 """
 
