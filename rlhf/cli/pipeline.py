@@ -13,17 +13,12 @@ from typing import Any
 
 from rlhf.cli import rundir
 from rlhf.cli.job import checked, run_job
+from rlhf.cli.sections import COMMON, EVALUATE, TRAINING
 from rlhf.cli.summary_page import plot_pipeline, print_pipeline
 from rlhf.config import UserError
 from rlhf.logging import log
 
-COMMON = ("seed", "run_dir", "resume", "data", "trainer", "launcher", "logger", "callbacks", "hardware", "plan")
-PARTS = {
-    "sft": ("actor", "sft"),
-    "reward": ("reward", "rm"),
-    "ppo": ("actor", "critic", "ref", "reward", "ppo", "rollout", "tp"),
-    "evaluate": ("actor", "ref", "reward", "rollout", "tp", "evaluation"),
-}
+PARTS = {step: TRAINING[step] for step in ("sft", "reward", "ppo")} | {"evaluate": EVALUATE}
 """Which sections of the pipeline's config each step has."""
 
 

@@ -10,17 +10,9 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from rlhf.cli.sections import COMMON, TRAINING
 from rlhf.config import UserError, build, check
 from rlhf.planning.report import as_json, refusal, report
-
-COMMON = ("seed", "run_dir", "resume", "data", "trainer", "launcher", "logger", "callbacks", "hardware", "plan")
-SECTIONS = {
-    "sft": ("actor", "sft"),
-    "reward": ("reward", "rm"),
-    "ppo": ("actor", "critic", "ref", "reward", "ppo", "rollout", "tp"),
-    "dpo": ("actor", "ref", "dpo"),
-}
-"""What each verb that trains has in its config."""
 
 
 def run_plan(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,10 +41,10 @@ def run_plan(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pipeline_steps(steps: list[str]) -> list[str]:
     """Of `steps`, those that train."""
-    unknown = [step for step in steps if step not in (*SECTIONS, "evaluate")]
-    training = [step for step in steps if step in SECTIONS]
+    unknown = [step for step in steps if step not in (*TRAINING, "evaluate")]
+    training = [step for step in steps if step in TRAINING]
     if unknown or not training:
-        raise UserError(f"steps={steps} must name some of {', '.join(SECTIONS)}, which are planned, and evaluate, which trains nothing")
+        raise UserError(f"steps={steps} must name some of {', '.join(TRAINING)}, which are planned, and evaluate, which trains nothing")
     return training
 
 
@@ -62,7 +54,7 @@ def step_settings(config: Mapping[str, Any], step: str) -> Any:
     Raises:
         UserError: names the key.
     """
-    part = {"verb": step, **{key: config[key] for key in (*COMMON, *SECTIONS[step])}}
+    part = {"verb": step, **{key: config[key] for key in (*COMMON, *TRAINING[step])}}
     part["launcher"] = {**config["launcher"], "name": "external"}
     cfg = build(part)
     check(cfg)
@@ -80,7 +72,7 @@ def require_fit(cfg: Any, accelerator: str) -> None:
     if accelerator != "cuda" or plan is None or not plan.enforce:
         return
     steps = cfg.steps if cfg.verb == "pipeline" else [cfg.verb]
-    for step in (step for step in steps if step in SECTIONS):
+    for step in (step for step in steps if step in TRAINING):
         reason = refusal(SimpleNamespace(**{**vars(cfg), "verb": step}))
         if reason is not None:
             raise UserError(f"{step}: {reason}" if cfg.verb == "pipeline" else reason)

@@ -213,24 +213,19 @@ def _gpt_neox(shape: Shape) -> Network:
     )  # fmt: skip
 
 
-def _gptj(shape: Shape) -> Network:
-    d, v = shape["hidden_size"], shape["vocab_size"]
-    f = shape.get("n_inner") or 4 * d
-    return _network(
-        shape, family="gptj", intermediate=f, norms=2 * d, activation=_activation(shape["activation_function"]), tables=(v * d,),
-        matrices=_matrices(d, f, bias=False, mlp_bias=True, separate=True), head=Matrix(name="head", rows=v, columns=d, bias=True),
-        fused_attention=False, fast_rollout=False,
-    )  # fmt: skip
+def _parallel(family: str, *, separate: bool) -> Callable[[Shape], Network]:
+    """GPT-J and CodeGen: attention and MLP side by side behind one norm. CodeGen's q, k and v are one matrix, and rotated out of its product."""
 
+    def build(shape: Shape) -> Network:
+        d, v = shape["hidden_size"], shape["vocab_size"]
+        f = shape.get("n_inner") or 4 * d
+        return _network(
+            shape, family=family, intermediate=f, norms=2 * d, activation=_activation(shape["activation_function"]), tables=(v * d,),
+            matrices=_matrices(d, f, bias=False, mlp_bias=True, separate=separate),
+            head=Matrix(name="head", rows=v, columns=d, bias=True), fused_attention=False, rotates_fused=not separate, fast_rollout=False,
+        )  # fmt: skip
 
-def _codegen(shape: Shape) -> Network:
-    d, v = shape["hidden_size"], shape["vocab_size"]
-    f = shape.get("n_inner") or 4 * d
-    return _network(
-        shape, family="codegen", intermediate=f, norms=2 * d, activation=_activation(shape["activation_function"]), tables=(v * d,),
-        matrices=_matrices(d, f, bias=False, mlp_bias=True, separate=False), head=Matrix(name="head", rows=v, columns=d, bias=True),
-        fused_attention=False, rotates_fused=True, fast_rollout=False,
-    )  # fmt: skip
+    return build
 
 
 def _bloom(shape: Shape) -> Network:
@@ -279,8 +274,8 @@ FAMILIES: dict[str, Callable[[Shape], Network]] = {
     "gpt2": _gpt2,
     "gpt_neo": _gpt_neo,
     "gpt_neox": _gpt_neox,
-    "gptj": _gptj,
-    "codegen": _codegen,
+    "gptj": _parallel("gptj", separate=True),
+    "codegen": _parallel("codegen", separate=False),
     "bloom": _bloom,
     "llama": _llama_like("llama"),
     "mistral": _llama_like("mistral"),
