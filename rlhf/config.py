@@ -41,13 +41,17 @@ def locate(path: str) -> Any:
     """The object at an import path such as `package.module.name`.
 
     Raises:
-        UserError: nothing can be imported from there.
+        UserError: nothing can be imported from there, whatever the module raises.
     """
     module, _, name = path.rpartition(".")
+    if not module:
+        raise UserError(f"cannot import {path!r}: an import path is module.name")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"cannot import {path!r}: {error}") from error
+    except Exception as error:
+        raise UserError(f"cannot import {path!r}: {module} raised {type(error).__name__}: {error}") from error
 
 
 def build(node: Any, key: str = "") -> Any:

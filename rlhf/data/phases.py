@@ -67,7 +67,7 @@ def ptx_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Data
     """
     if not data.ptx:
         raise UserError("data.ptx is empty, but a pre-training loss is asked for: name a source of plain text")
-    sources = [resolve(item, data.path) for item in data.ptx]
+    sources = [resolve(item, data.path, key="data.ptx") for item in data.ptx]
     key = _key(data, tokenizer, "ptx", "train", [identity(source) for source in sources])
 
     def build() -> tuple[Dataset, dict[str, int]]:
@@ -95,7 +95,7 @@ def sft_corpus(data: DataConfig) -> Iterator[str]:
 def _sources(data: DataConfig) -> list[tuple[Source, list[float]]]:
     """Every source of the blend with its shares for the three steps."""
     mixed = [(resolve(item, data.path), data.split) for item in data.sources]
-    single = [(resolve(item, data.path), ALL_TO_SFT) for item in data.sft_only]
+    single = [(resolve(item, data.path, key="data.sft_only"), ALL_TO_SFT) for item in data.sft_only]
     names = Counter(source.name for source, _ in mixed + single)
     twice = [name for name, count in names.items() if count > 1]
     if twice:

@@ -222,12 +222,13 @@ SOURCES: dict[str, Source] = _table(
 )  # fmt: skip
 
 
-def resolve(item: str | Mapping[str, Any] | SimpleNamespace, path: str | None) -> Source:
-    """The source that an entry of `data.sources` means.
+def resolve(item: str | Mapping[str, Any] | SimpleNamespace, path: str | None, *, key: str = "data.sources") -> Source:
+    """The source that an entry of `data.sources`, or of another list of sources, means.
 
     Args:
         item: a name of the table, or a mapping (or namespace) with the fields of `Source`; one with a name of the table changes that row.
         path: `data.path`, for the generic kinds.
+        key: of the list, for messages.
 
     Raises:
         UserError: unknown name or field, a field of the wrong kind, or no file for a generic kind.
@@ -235,12 +236,12 @@ def resolve(item: str | Mapping[str, Any] | SimpleNamespace, path: str | None) -
     item = _plain(item)
     if isinstance(item, str):
         if item not in SOURCES:
-            raise UserError(f"data.sources: no source is called {item!r}{nearest(item, SOURCES)}; known: {', '.join(SOURCES)}")
+            raise UserError(f"{key}: no source is called {item!r}{nearest(item, SOURCES)}; known: {', '.join(SOURCES)}")
         source = SOURCES[item]
     elif isinstance(item, Mapping):
         source = _from_mapping(item)
     else:
-        raise UserError(f"data.sources: an entry is a name or a mapping with the fields of a source, got {item!r}")
+        raise UserError(f"{key}: an entry is a name or a mapping with the fields of a source, got {item!r}")
     if source.path is None and source.generate is None:
         if path is None:
             raise UserError(f"data.path is missing: source {source.name!r} reads a local file, so set data.path=FILE.jsonl")

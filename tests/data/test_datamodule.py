@@ -166,6 +166,8 @@ def test_ptx_texts_last_as_long_as_training(settings: Settings, tokenizer: PreTr
     batches = list(module.ptx_dataloader(2))
     assert len(batches) == module.total_steps and batches[0].ids.shape == (2, 24)
     assert batches[0].loss_mask[:, 1:].all() and not batches[0].loss_mask[:, 0].any()
+    with pytest.raises(UserError, match=r"data\.ptx: no source is called 'wikitxt' \(did you mean 'wikitext'\?\)"):
+        build(settings(ptx=["wikitxt"]), tokenizer, "ppo").ptx_dataloader(2)
     with pytest.raises(UserError, match=r"data\.ptx is empty"):
         build(settings(), tokenizer, "ppo").ptx_dataloader(2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,5 +116,14 @@ def test_a_class_is_built_with_its_keywords() -> None:
         load_scorer("ppo.reward_function", "rlhf.nowhere.f", {})
     with pytest.raises(UserError, match=r"ppo\.reward_function=builtins\.object is a class whose objects cannot be called"):
         load_scorer("ppo.reward_function", "builtins.object", {})
+    with pytest.raises(UserError, match=r"cannot import 'score': an import path is module\.name"):
+        load_scorer("ppo.reward_function", "score", {})
     with pytest.raises(UserError, match="is a list, not a function"):
         load_scorer("ppo.reward_function", f"{__name__}.TEXTS", {})
+
+
+def test_a_module_that_raises_on_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_reward.py").write_text("raise RuntimeError('no licence')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"cannot import 'broken_reward\.f': broken_reward raised RuntimeError: no licence"):
+        load_scorer("ppo.reward_function", "broken_reward.f", {})
