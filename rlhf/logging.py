@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 log = logging.getLogger("rlhf")
 
@@ -38,30 +39,43 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"lightning\..*")
 
 
-class PhaseClock:
-    """Seconds spent in each named phase of an iteration.
+class PhaseMeter(Protocol):
+    """What an accelerator adds to a clock."""
 
-    `with clock("generate"): ...` adds to `seconds["generate"]`; `listener` hears the name when a phase opens. `synchronize` is
-    called at both ends so that work queued on an accelerator counts where it was asked for.
+    def begin(self) -> None:
+        """Waits for what is queued, so that it counts for the phase that asked for it, and measures the peak anew."""
+
+    def end(self) -> int:
+        """Waits for what is queued; returns the most bytes of memory in use since `begin`."""
+
+
+class PhaseClock:
+    """Seconds spent in each named phase of an iteration, and the peak of memory in it where there is a meter.
+
+    `with clock("generate"): ...` adds to `seconds["generate"]` and raises `peaks["generate"]`; `listener` hears the name when a phase
+    opens. Phases do not nest.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
         self.listener: Callable[[str], None] = lambda phase: None
-        self.synchronize: Callable[[], None] = lambda: None
+        self.meter: PhaseMeter | None = None
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         self.listener(phase)
-        self.synchronize()
+        if self.meter is not None:
+            self.meter.begin()
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.synchronize()
+            if self.meter is not None:
+                self.peaks[phase] = max(self.peaks.get(phase, 0), self.meter.end())
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    def drain(self) -> dict[str, float]:
-        """The seconds since the last call, and starts anew."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
+    def drain(self) -> tuple[dict[str, float], dict[str, int]]:
+        """The seconds and the peaks since the last call, and starts anew."""
+        seconds, peaks, self.seconds, self.peaks = self.seconds, self.peaks, {}, {}
+        return seconds, peaks

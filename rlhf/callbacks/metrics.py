@@ -11,32 +11,62 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlhf.inference.arena import mapped_memory
 from rlhf.modules.base import RoleModule
 
 
+class GpuMeter:
+    """Memory of the current GPU: what PyTorch has allocated, and what the hybrid engine maps beside it. Not counted are the CUDA context
+    and memory that PyTorch holds without using it."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        """Bytes; the peak since the meter was made."""
+        torch.cuda.reset_peak_memory_stats()
+        mapped_memory.restart()
+
+    def begin(self) -> None:
+        torch.cuda.synchronize()
+        self._look()
+        torch.cuda.reset_peak_memory_stats()
+        mapped_memory.restart()
+
+    def end(self) -> int:
+        torch.cuda.synchronize()
+        return self._look()
+
+    def _look(self) -> int:
+        peak = torch.cuda.max_memory_allocated() + mapped_memory.most
+        self.most = max(self.most, peak)
+        return peak
+
+
 class Throughput(Callback):
-    """Seconds of each phase, tokens per second over all ranks, and peak memory; names `time/*`, `<phase>/tokens_per_s`."""
+    """Seconds and peak memory of each phase, tokens per second over all ranks; names `time/*`, `memory/*`, `<phase>/tokens_per_s`."""
 
     measures = True
+
+    def __init__(self) -> None:
+        self.meter: GpuMeter | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RoleModule)
         pl_module.clock.drain()
         if pl_module.device.type == "cuda":
-            pl_module.clock.synchronize = torch.cuda.synchronize
-            torch.cuda.reset_peak_memory_stats()
+            self.meter = pl_module.clock.meter = GpuMeter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, RoleModule)
-        seconds = pl_module.clock.drain()
+        seconds, peaks = pl_module.clock.drain()
         pl_module.metrics |= {f"time/{phase}": value for phase, value in seconds.items()}
+        pl_module.metrics |= {f"memory/{phase}_gb": value / 1e9 for phase, value in peaks.items()}
         counts = torch.tensor([float(n) for n in pl_module.tokens.values()], dtype=torch.float64, device=pl_module.device)
         for phase, count in zip(pl_module.tokens, pl_module.strategy.sum_over_ranks(counts).tolist(), strict=True):
             if seconds.get(phase, 0) > 0:
                 name = "rollout" if phase == "generate" else phase
                 pl_module.metrics[f"{name}/tokens_per_s"] = count / seconds[phase]
-        if pl_module.device.type == "cuda":
-            pl_module.metrics["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if self.meter is not None:
+            pl_module.metrics["memory/peak_gb"] = self.meter.most / 1e9
 
 
 class WriteMetrics(Callback):

@@ -20,6 +20,23 @@ ALIGNMENT = 256
 """Bytes; every tensor begins at a multiple of it."""
 
 
+class Mapped:
+    """Bytes behind all arenas of this process: now, and at most since `restart`. PyTorch's statistics do not hold them."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def add(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def restart(self) -> None:
+        self.most = self.now
+
+
+mapped_memory = Mapped()
+
+
 def _offsets(specs: Specs) -> tuple[dict[str, int], int]:
     """Where each tensor begins, and the bytes of all."""
     offsets, end = {}, 0
@@ -44,12 +61,14 @@ class Arena:
         if not self.mapped:
             self._map()
             self.mapped = True
+            mapped_memory.add(self.bytes)
 
     def unmap(self) -> None:
         """Gives the memory back. Its tensors must not be touched until the next `map`."""
         if self.mapped:
             self._unmap()
             self.mapped = False
+            mapped_memory.add(-self.bytes)
 
     def close(self) -> None:
         """Gives the addresses back too."""
