@@ -50,12 +50,20 @@ def _norms(net: Network, element: int) -> float:
 
 
 def kept(role: Role, element: int, rows: int, length: int) -> float:
-    """Of a whole training forward pass over (rows, length) tokens, without logits."""
-    net, tokens = role.network, rows * length
-    inputs = element * net.hidden * net.layers
-    layer = kept_in_layer(role, element, length)
-    layers = inputs + layer if role.checkpointing else inputs + layer * net.layers
-    return tokens * (layers + outside(role, element))
+    """Of a whole training forward pass over (rows, length) tokens, without logits; with checkpointing, the one layer that is made again."""
+    return kept_at_head(role, element, rows, length) + (remade(role, element, rows, length) if role.checkpointing else 0.0)
+
+
+def kept_at_head(role: Role, element: int, rows: int, length: int) -> float:
+    """The same when the head has been reached: with checkpointing the layers' inputs alone."""
+    net = role.network
+    inner = 0.0 if role.checkpointing else kept_in_layer(role, element, length)
+    return rows * length * ((element * net.hidden + inner) * net.layers + outside(role, element))
+
+
+def remade(role: Role, element: int, rows: int, length: int) -> float:
+    """One layer that checkpointing runs again in the backward pass."""
+    return rows * length * kept_in_layer(role, element, length)
 
 
 def outside(role: Role, element: int) -> float:
@@ -70,14 +78,18 @@ def backward_workspace(role: Role, element: int, rows: int, length: int) -> floa
     """Gradients of activations that exist at once in one layer. An estimate: the MLP's gradient and what it is made into, and four hidden
     states."""
     net = role.network
-    wide = (4 if net.activation == "gated" else 2) * net.intermediate
+    wide = ((4 if net.activation == "gated" else 2) + (1 if role.lora is not None else 0)) * net.intermediate
     square = 2 * (4 + element) * net.heads * length if not net.fused_attention else 0
     return rows * length * (element * (wide + 4 * net.hidden) + square)
 
 
-def forward_workspace(net: Network, element: int, rows: int, length: int) -> float:
-    """Of a forward pass without gradients: one layer's tensors. An estimate."""
-    wide = (3 if net.activation == "gated" else 2) * net.intermediate
+def forward_workspace(net: Network, element: int, rows: int, length: int, *, adapted: bool = False) -> float:
+    """Of a forward pass without gradients: one layer's tensors. An estimate.
+
+    Args:
+        adapted: a layer's product, its adapter's and their sum exist at once.
+    """
+    wide = ((3 if net.activation == "gated" else 2) + (1 if adapted else 0)) * net.intermediate
     square = (4 + 2 * element) * net.heads * length if not net.fused_attention else 0
     return rows * length * (element * (wide + 4 * net.hidden) + (8 * net.hidden if net.rms else 0) + square)
 

@@ -108,8 +108,9 @@ def _phases(work: Workload) -> Iterator[tuple[str, list[Item]]]:
         yield "score", standing + _scoring(work)
     trained = [role for role in work.roles.values() if role.trained]
     for index, role in enumerate(trained):
-        waiting = [r for r in trained if r is not role and (work.minibatch > work.micro or trained.index(r) < index)]
+        waiting = [r for r in trained if r is not role and (work.accumulates or trained.index(r) < index)]
         pending = [Item(r.name, "gradients", states.waiting_gradients(r, work, reduced=False)) for r in waiting]
+        pending += [Item(r.name, "reduce buffers", states.buckets(r, work)) for r in waiting if states.keeps_buckets(r, work)]
         yield f"train {role.name}", standing + pending + _training(role, work)
     everybody = [Item(r.name, "gradients", states.waiting_gradients(r, work, reduced=True)) for r in trained]
     worst = max(trained, key=lambda role: states.step_workspace(role, work))
@@ -150,10 +151,14 @@ def _scoring(work: Workload) -> list[Item]:
 
 
 def _forward(role: Role, work: Workload) -> list[Item]:
+    """The worse of two moments: in a layer, or at the head, where a layer's tensors are gone and the last norm's input and output are there."""
     rows, element = work.score_micro, work.element
+    layer = activations.forward_workspace(role.network, element, rows, work.length, adapted=role.lora is not None)
+    last, logits = 2.0 * element * role.network.hidden * rows * work.length, _logits(role, work, rows, backward=False)
+    moment = (layer, 0.0) if layer > last + logits else (last, logits)
     return [
-        Item(role.name, "activations", activations.forward_workspace(role.network, element, rows, work.length)),
-        Item(role.name, "logits", _logits(role, work, rows, backward=False)),
+        Item(role.name, "activations", moment[0]),
+        Item(role.name, "logits", moment[1]),
         Item(role.name, "gather buffers", states.gather_buffer(role, work)),
     ]
 
@@ -169,24 +174,25 @@ def _training(role: Role, work: Workload) -> list[Item]:
     """The worst of three moments of a backward pass: at the head, when the first bucket of gradients is full, and at the end.
 
     Activations shrink as the pass goes, gradients grow. At stages 1 and 2 the memory of all reduced gradients is taken at once, when the first
-    bucket has been reduced.
+    bucket has been reduced. The buckets come with the first gradient, behind the head.
     """
     element, rows = work.element, work.micro
+    at_head = activations.kept_at_head(role, element, rows, work.length)
     kept = activations.kept(role, element, rows, work.length)
+    buckets = states.buckets(role, work)
     workspace = activations.backward_workspace(role, element, rows, work.length)
     logits = _logits(role, work, rows, backward=True)
     start, end = (states.gradients_at(role, work, end=flag) for flag in (False, True))
     full = min(1.0, role.zero.reduce_bucket_size / max(1, role.trainable)) if role.stage in (1, 2) else 1.0
     tied = element * role.network.tables[0] if role.kind == "causal" and role.network.head is None and role.trainable > role.adapters else 0
     moments = [
-        {"activations": kept, "logits": logits, "gradients": start},
-        {"activations": kept, "workspace": workspace, "gradients": start + tied},
-        {"activations": kept * (1 - full), "workspace": workspace, "gradients": end + tied},
+        {"activations": at_head, "logits": logits, "gradients": start, "reduce buffers": buckets if states.keeps_buckets(role, work) else 0.0},
+        {"activations": kept, "workspace": workspace, "gradients": start + tied, "reduce buffers": buckets},
+        {"activations": kept * (1 - full), "workspace": workspace, "gradients": end + tied, "reduce buffers": buckets},
     ]
     other = _reference(work) if work.step == "dpo" else []
     moment = max(moments, key=lambda parts: sum(parts.values()))
     items = [Item(role.name, part, size) for part, size in moment.items()]
-    items.append(Item(role.name, "reduce buffers", states.buckets(role, work)))
     items.append(Item(role.name, "gather buffers", states.gather_buffer(role, work)))
     return items + other
 

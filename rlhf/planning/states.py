@@ -77,12 +77,17 @@ def buckets(role: Role, work: Workload) -> float:
     return role.zero.reduce_bucket_size * work.element * (2 if role.zero.overlap_comm else 1)
 
 
+def keeps_buckets(role: Role, work: Workload) -> bool:
+    """Stage 1 reduces in the last micro-batch alone, and holds its buckets from the first one until then."""
+    return role.trained and role.stage == 1 and work.accumulates
+
+
 def gradients_at(role: Role, work: Workload, *, end: bool) -> float:
     """Beside the standing ones, at the start and at the end of the last backward pass of a step.
 
     Stage 0 and, until the last micro-batch, stage 1 keep whole gradients; stage 2 adds each micro-batch's part to the sum of those before.
     """
-    trained, accumulates = role.trainable * work.element, work.minibatch > work.micro
+    trained, accumulates = role.trainable * work.element, work.accumulates
     if role.stage == 3:
         return 0.0
     if role.stage == 0:
@@ -103,7 +108,7 @@ def waiting_gradients(role: Role, work: Workload, *, reduced: bool) -> float:
     """
     if role.stage == 3:
         return 0.0
-    if role.stage == 1 and not reduced and work.minibatch > work.micro:
+    if role.stage == 1 and not reduced and work.accumulates:
         return float(role.trainable * work.element)
     if role.zero.offload_optimizer:
         return 0.0

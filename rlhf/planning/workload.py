@@ -123,6 +123,11 @@ class Workload:
         return self.prompt + self.answer
 
     @property
+    def accumulates(self) -> bool:
+        """More than one micro-batch in an optimizer step."""
+        return self.minibatch > self.micro
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of one iteration."""
         return self.passes * (self.batch // self.minibatch)
