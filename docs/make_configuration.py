@@ -131,14 +131,15 @@ def code(value: Any) -> str:
 
 
 def _verbs() -> list[str]:
-    rows = [[f"`{file.stem}`", leading_comment(file), _groups_of(file)] for file in sorted(CONF.glob("*.yaml")) if file.stem != "base"]
+    files = [file for file in sorted(CONF.glob("*.yaml")) if file.stem != "base"]
+    rows = [[f"`{file.stem.replace('_', ' ')}`", leading_comment(file), _groups_of(file)] for file in files]
     base = CONF / "base.yaml"
     comments = line_comments(base)
     keys = [[f"`{key}`", code(value), comments.get(key, "")] for key, value in values(base).items() if key not in ("defaults", "hydra")]
     return [
         *table(["verb", "does", "groups beside those of every verb"], rows),
-        f"Every verb: {_groups_of(base)}.\n",
-        *table(["key of every verb", "value", ""], keys),
+        f"Every verb but `report`: {_groups_of(base)}.\n",
+        *table(["key of these verbs", "value", ""], keys),
         "`pipeline` also has `steps`, the steps it runs: " + code(values(CONF / "pipeline.yaml")["steps"]) + ".\n",
     ]
 

@@ -20,7 +20,7 @@ SETTINGS = "rlhf.settings."
 TOP_LEVEL = (
     "verb", "seed", "run_dir", "resume", "steps", "sweep_metric",
     "data", "trainer", "launcher", "logger", "callbacks", "hardware", "plan",
-    "actor", "critic", "ref", "reward", "sft", "rm", "dpo", "ppo", "rollout", "tp", "evaluation", "bench",
+    "actor", "critic", "ref", "reward", "sft", "rm", "dpo", "ppo", "rollout", "tp", "evaluation", "bench", "report",
 )  # fmt: skip
 """Every key that a verb or a sweep may have at the top: another one would be read by nobody."""
 LARGEST_SEED = 2**32 - 1
@@ -151,6 +151,9 @@ def check(cfg: Any) -> None:
     Raises:
         UserError: names the keys that do not go together.
     """
+    _check_names(cfg)
+    if cfg.verb == "report":
+        return  # it has none of the sections below
     _check_top(cfg)
     _check_launcher(cfg)
     _check_batches(cfg)
@@ -165,11 +168,14 @@ def check(cfg: Any) -> None:
         _check_plain_text(cfg)
 
 
-def _check_top(cfg: Any) -> None:
-    """What no group describes: the plain keys, and entries that Hydra instantiates."""
+def _check_names(cfg: Any) -> None:
     for name in vars(cfg):
         if name not in TOP_LEVEL:
             raise UserError(f"{name}: no such key{nearest(name, TOP_LEVEL)}")
+
+
+def _check_top(cfg: Any) -> None:
+    """What no group describes: the plain keys, and entries that Hydra instantiates."""
     if not _fits(cfg.seed, int) or not 0 <= cfg.seed <= LARGEST_SEED:
         raise UserError(f"seed must be a whole number in [0, {LARGEST_SEED}], got {cfg.seed!r}")
     if not isinstance(cfg.resume, bool):

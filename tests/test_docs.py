@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from rlhf.cli.hydra_app import with_own_group
+from rlhf.cli.hydra_app import primary_config, with_own_group
 from rlhf.cli.main import VERBS
 from rlhf.config import build, check
 
@@ -61,7 +61,8 @@ def compose_all(verb: str, words: list[str]) -> list[Any]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         settings = [compose(verb, first), *[compose(verb, [*first, other]) for other in others]]
     for cfg in settings:
-        cfg.run_dir = "unused" if OmegaConf.is_interpolation(cfg, "run_dir") else cfg.run_dir
+        if "run_dir" in cfg and OmegaConf.is_interpolation(cfg, "run_dir"):
+            cfg.run_dir = "unused"
     return [OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True) for cfg in settings]
 
 
@@ -78,7 +79,8 @@ def test_a_command_composes_and_passes_the_rules(page: str, words: list[str]) ->
     assert verb in VERBS
     if "--cfg" in rest:
         del rest[rest.index("--cfg") : rest.index("--cfg") + 2]
-    for config in compose_all(verb, with_own_group(verb, rest)):
+    rest = with_own_group(verb, rest)
+    for config in compose_all(primary_config(verb, rest), rest):
         check(build(config))
 
 

@@ -19,7 +19,7 @@ MAX_FUNCTION_LINES = 60
 FLOORS = {
     "types": 0, "config": 0, "logging": 0, "settings": 0,
     "algorithms": 1,
-    "data": 2, "models": 2, "inference": 2, "planning": 2,
+    "data": 2, "models": 2, "inference": 2, "planning": 2, "reporting": 2,
     "engines": 3,
     "modules": 4,
     "callbacks": 5,
@@ -36,7 +36,7 @@ ALLOWED_IN = {
 }
 """Library -> the only paths that import it."""
 
-NO_TORCH = ("rlhf/settings/", "rlhf/config.py", "rlhf/planning/")
+NO_TORCH = ("rlhf/settings/", "rlhf/config.py", "rlhf/planning/", "rlhf/reporting/")
 
 
 def room_of(path: str) -> str:

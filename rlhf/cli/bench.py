@@ -1,4 +1,4 @@
-"""The verb `bench` inside one rank: rollouts timed, or compared with transformers.
+"""The verb `bench` inside one rank: which of its measurements runs, rollouts timed, and what all of them report.
 
 Knows which network is measured and where the numbers go; the measures are `rlhf.engines`'.
 """
@@ -30,7 +30,7 @@ from rlhf.logging import log
 from rlhf.models.factory import Blueprint
 from rlhf.models.source import network_config, weights_folder
 from rlhf.modules.base import RoleModule
-from rlhf.settings import ModelConfig, ParityBenchConfig, RolloutBenchConfig
+from rlhf.settings import CalibrateBenchConfig, ModelConfig, ParityBenchConfig, RolloutBenchConfig, StepBenchConfig
 
 PACKAGES = ("torch", "transformers", "deepspeed", "lightning", "triton")
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -61,12 +61,21 @@ class MeasuredTraining(Measured):
 
 
 def bench(job: Job) -> dict[str, Any]:
-    """`rlhf bench rollout` or `rlhf bench parity`.
+    """`rlhf bench rollout`, `parity`, `step` or `calibrate`.
 
     Raises:
         UserError: an option that this verb does not read, or lengths that the model has no room for.
         ParityFailed: a combination does not agree.
+        OutOfMemory: a whole step does not fit.
     """
+    if isinstance(job.cfg.bench, StepBenchConfig):
+        from rlhf.cli.bench_step import step
+
+        return step(job)
+    if isinstance(job.cfg.bench, CalibrateBenchConfig):
+        from rlhf.cli.bench_calibrate import calibrate
+
+        return calibrate(job)
     refuse_unread(job.cfg)
     if isinstance(job.cfg.bench, ParityBenchConfig):
         from rlhf.cli.bench_parity import parity
@@ -196,12 +205,17 @@ def rollout_metrics(rows: list[Row], rates: Rates) -> dict[str, float]:
     return metrics
 
 
-def write_json(job: Job, kind: str, content: dict[str, Any]) -> None:
-    """`bench.json` of the run directory, whole or not at all; rank zero's alone."""
-    if is_rank_zero():
+def write_json(job: Job, kind: str, content: dict[str, Any], *, every_rank: bool = False) -> None:
+    """`bench.json` of the run directory, whole or not at all; rank zero's alone, unless a rank speaks for itself."""
+    if is_rank_zero() or every_rank:
         model = {"name": job.cfg.actor.model.name, "precision": job.cfg.trainer.precision, "tp": job.cfg.tp.size, "ranks": job.world}
-        about = {"bench": kind, "card": card(), "versions": versions(), "commit": rundir.commit(), "actor": model}
-        rundir.write_atomically(Path(job.run_dir) / "bench.json", json.dumps(about | content, indent=1))
+        write_report(job, kind, {"actor": model, **content})
+
+
+def write_report(job: Job, kind: str, content: dict[str, Any]) -> None:
+    """bench.json with what every measurement says of its machine."""
+    about = {"bench": kind, "card": card(), "versions": versions(), "commit": rundir.commit()}
+    rundir.write_atomically(Path(job.run_dir) / "bench.json", json.dumps(about | content, indent=1))
 
 
 def finish(job: Job, metrics: dict[str, float]) -> dict[str, Any]:

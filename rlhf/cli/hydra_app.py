@@ -36,6 +36,7 @@ def run(verb: str, overrides: list[str]) -> int:
     """Composes and runs a verb, once or as a sweep; returns the exit code, the worst one of a sweep."""
     try:
         overrides = with_own_group(verb, overrides)
+        name = primary_config(verb, overrides)
     except UserError as error:
         return _refuse(str(error))
     sys.argv = [f"rlhf {verb}", *_with_directory(overrides)]
@@ -43,11 +44,11 @@ def run(verb: str, overrides: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     codes: list[int] = []
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=verb)(lambda cfg: _job(cfg, codes))()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(lambda cfg: _job(cfg, codes))()
     except UserError as error:
         return _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        return _refuse(explain(error, verb))
+        return _refuse(explain(error, name))
     return max(codes, default=0)
 
 
@@ -60,6 +61,10 @@ def with_own_group(verb: str, words: list[str]) -> list[str]:
     Raises:
         UserError: the group has no such option, or a second word follows.
     """
+    if verb == "report":
+        from rlhf.cli.report import with_runs
+
+        return with_runs(words)
     options = sorted(file.stem for file in (conf_dir() / verb).glob("*.yaml"))
     bare = list(itertools.takewhile(lambda word: word[:1].isalpha() and "=" not in word, words))
     if len(options) < 2 or not bare:
@@ -71,6 +76,23 @@ def with_own_group(verb: str, words: list[str]) -> list[str]:
     if len(bare) > 1:
         raise UserError(f"{bare[1]}: rlhf {verb} takes one option of its own, which is {bare[0]} already; overrides are key=value")
     return [f"{verb}={bare[0]}", *words[1:]]
+
+
+def primary_config(verb: str, overrides: list[str]) -> str:
+    """The file of conf/ that a command line starts from: VERB, or VERB_OPTION where an option of the verb's own group has sections of its own.
+
+    Raises:
+        UserError: a sweep over options that start from different files.
+    """
+    chosen = [word.removeprefix(f"{verb}=") for word in overrides if word.startswith(f"{verb}=")]
+    options = chosen[-1].split(",") if chosen else [""]
+    names = [f"{verb}_{option}" for option in options]
+    files = [name if (conf_dir() / f"{name}.yaml").is_file() else verb for name in names]
+    if len(set(files)) > 1:
+        raise UserError(
+            f"{verb}={chosen[-1]}: these do not have the same sections, so that one sweep cannot hold them: run them one by one"
+        )
+    return files[0]
 
 
 def _with_directory(overrides: list[str]) -> list[str]:
@@ -116,6 +138,10 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
         from rlhf.cli.plan import run_plan
 
         return run_plan(config)
+    if config["verb"] == "report":
+        from rlhf.cli.report import run_report
+
+        return run_report(config)
     from rlhf.cli import rundir
     from rlhf.cli.job import run_job
     from rlhf.cli.pipeline import run_pipeline
@@ -155,8 +181,8 @@ def _refuse(message: str) -> int:
     return 2
 
 
-def explain(error: Exception, verb: str) -> str:
-    """Hydra's and OmegaConf's errors as one sentence that names the key and the nearest right one."""
+def explain(error: Exception, primary: str) -> str:
+    """Hydra's and OmegaConf's errors as one sentence that names the key and the nearest right one. `primary` is the file composed."""
     text = str(error)
     cause = str(error.__cause__ or "")
     if isinstance(error, OverrideParseException):
@@ -170,24 +196,25 @@ def explain(error: Exception, verb: str) -> str:
         return f"{group}={option}: no such option{nearest(option, options)}; there are {', '.join(options)}"
     key = re.search(r"Could not override '([^']*)'|^Override (\S+?)=.* looks like a config group override", text)
     if key:
-        return _unknown_key(key.group(1) or key.group(2), verb)
+        return _unknown_key(key.group(1) or key.group(2), primary)
     group = re.search(r"In '[^']*': Could not find '([^']*)'|Could not override '([^']*)'\. No match in the defaults list", text)
     if group:
-        return f"{group.group(1) or group.group(2)}: no such group or option; rlhf {verb} --help lists them"
+        return f"{group.group(1) or group.group(2)}: no such group or option; rlhf {primary.replace('_', ' ')} --help lists them"
     if isinstance(error, ConfigCompositionException) and cause:
         return _first_line(cause)
     return " ".join(text.split())
 
 
-def _unknown_key(key: str, verb: str) -> str:
-    """Names the nearest key of the verb's composed config, or the nearest group."""
+def _unknown_key(key: str, primary: str) -> str:
+    """Names the nearest key of the composed config, or the nearest group."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     key = key.lstrip("+~")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose(config_name=verb, return_hydra_config=True)
+        cfg = compose(config_name=primary, return_hydra_config=True)
+    verb = primary.replace("_", " ")
     groups = [name for name in cfg.hydra.runtime.choices if not name.startswith("hydra/")]
     in_package = [name for name in groups if name.startswith(f"{key}@")]  # `model` where `model@actor.model` is meant
     if "@" in key or "/" in key or in_package:

@@ -16,7 +16,8 @@ VERBS = {
     "dpo": "the actor from pairs, without a reward model",
     "evaluate": "two policies on the same held-out prompts, reward-model accuracy, perplexity",
     "plan": "what fits, how long it takes and what it costs: `plan ppo` (the default), `plan sft`, ...; --json for scripts",
-    "bench": "rollouts on this machine: `bench rollout` times them, `bench parity` compares them with transformers",
+    "bench": "this machine: `bench rollout` and `bench step` time rollouts and PPO, `bench parity` compares, `bench calibrate` measures it",
+    "report": "published, modelled and measured numbers of a folder side by side: `report experiments/table1`",
 }
 
 

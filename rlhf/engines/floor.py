@@ -92,29 +92,39 @@ def prefill_floor(size: ModelSize, *, batch: int, prompt: int, rate: float) -> f
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes/s of a copy within device memory, what is read and what is written both counted. 1 GiB on CUDA, 256 MiB on a CPU."""
     count = 2**30 if device.type == "cuda" else 2**28
-    source = torch.zeros(count, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    return 2 * count / _fastest(lambda: target.copy_(source), device)
+    return 2 * count / min(timed(copy_work(device, count), device, repeats=COPIES))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations/s of a square matrix product: 8192 wide on CUDA, 1024 on a CPU."""
     width = 8192 if device.type == "cuda" else 1024
+    return 2 * width**3 / min(timed(matmul_work(device, dtype, width), device, repeats=COPIES))
+
+
+def copy_work(device: torch.device, count: int) -> Callable[[], Any]:
+    """A copy of `count` bytes within device memory."""
+    source = torch.zeros(count, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+def matmul_work(device: torch.device, dtype: torch.dtype, width: int) -> Callable[[], Any]:
+    """A product of two `width` x `width` matrices."""
     a = torch.randn(width, width, device=device).to(dtype)
-    return 2 * width**3 / _fastest(lambda: a @ a, device)
+    return lambda: a @ a
 
 
-def _fastest(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest of a few calls, after one that is not counted."""
-    work()
+def timed(work: Callable[[], Any], device: torch.device, *, repeats: int, warmup: int = 1) -> list[float]:
+    """Seconds of each of `repeats` calls, after some that are not counted, with the device idle at both ends of each."""
     seconds = []
-    for _ in range(COPIES):
+    for call in range(warmup + repeats):
         synchronize(device)
         start = time.perf_counter()
         work()
         synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        if call >= warmup:
+            seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def synchronize(device: torch.device) -> None:

@@ -4,11 +4,12 @@ Knows no values (those live in conf/), no torch, no Hydra. Every class is the `_
 raises ValueError that begins with the field's name; `rlhf.config.build` puts the full key before it.
 """
 
-from rlhf.settings.bench import ParityBenchConfig, RolloutBenchConfig
+from rlhf.settings.bench import CalibrateBenchConfig, CalibrateSizes, ParityBenchConfig, RolloutBenchConfig, StepBenchConfig
 from rlhf.settings.data import ChatFormat, DataConfig
 from rlhf.settings.dpo import DPOConfig
 from rlhf.settings.plan import EfficiencyConfig, PlanCheckConfig, PlanConfig
 from rlhf.settings.ppo import PPOConfig
+from rlhf.settings.report import ReportConfig
 from rlhf.settings.roles import FrozenConfig, LoraConfig, ModelConfig, OptimizerConfig, RoleConfig, SchedulerConfig, ZeroConfig
 from rlhf.settings.run import HardwareConfig, LauncherConfig, TrainerConfig
 from rlhf.settings.steps import (
@@ -21,6 +22,8 @@ from rlhf.settings.steps import (
 )
 
 __all__ = [
+    "CalibrateBenchConfig",
+    "CalibrateSizes",
     "ChatFormat",
     "DPOConfig",
     "DataConfig",
@@ -36,12 +39,14 @@ __all__ = [
     "ParityBenchConfig",
     "PlanCheckConfig",
     "PlanConfig",
+    "ReportConfig",
     "RewardTrainingConfig",
     "RoleConfig",
     "RolloutBenchConfig",
     "RolloutConfig",
     "SFTConfig",
     "SchedulerConfig",
+    "StepBenchConfig",
     "StepConfig",
     "TensorParallelConfig",
     "TrainerConfig",

@@ -1,4 +1,4 @@
-"""What `rlhf bench` measures: the speed of rollouts, and whether the fast engine agrees with transformers.
+"""What `rlhf bench` measures: rollouts, whether the fast engine agrees with transformers, whole PPO iterations, and the machine.
 
 Types and ranges only: the values live in conf/.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlhf.settings.plan import EfficiencyConfig
 from rlhf.settings.ranges import require, require_at_least_one, require_in
 from rlhf.settings.roles import OptimizerConfig, SchedulerConfig
 
 ENGINES = ("hybrid", "hf_dynamic", "hf_static")
 DTYPES = ("fp32", "bf16", "fp16")
+BASELINES = ("hf_generate", "hybrid_engine")
 
 
 def _require_some(name: str, values: list[Any]) -> None:
@@ -119,3 +121,64 @@ class ParityBenchConfig:
         require_in("seed", self.seed, 0)
         require(self.logprob_tolerance > 0, f"logprob_tolerance must be positive, got {self.logprob_tolerance}")
         require(self.error_ratio >= 1, f"error_ratio must be at least 1, got {self.error_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBenchConfig:
+    """Whole PPO iterations timed by phase, beside the physical floor and what the planner predicts."""
+
+    prompt_tokens: int
+    """Length of every prompt, random token ids."""
+    new_tokens: int
+    """Length of every answer."""
+    warmup: int
+    """Iterations that are not counted, with each rollout engine."""
+    iterations: int
+    """Iterations that are; the one of median length is reported."""
+    baselines: list[str]
+    """Rollout engines that the same step is measured with afterwards, in the same run: some of hf_generate, hybrid_engine."""
+    efficiency: EfficiencyConfig
+    """What the prediction takes this machine to reach."""
+
+    def __post_init__(self) -> None:
+        require_at_least_one(prompt_tokens=self.prompt_tokens, warmup=self.warmup, iterations=self.iterations)
+        require(self.new_tokens >= 2, f"new_tokens must be at least 2, got {self.new_tokens}")
+        if self.baselines:
+            _require_among("baselines", self.baselines, BASELINES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateSizes:
+    """Large enough for a device's full rate, small enough to take seconds."""
+
+    copy_mb: int
+    """Of a copy within device memory, 10^6 bytes."""
+    matmul_width: int
+    """Of a square matrix product in 16 bits."""
+    collective_mb: int
+    """What each rank contributes to a collective, 10^6 bytes; several ranks only."""
+
+    def __post_init__(self) -> None:
+        require_at_least_one(copy_mb=self.copy_mb, matmul_width=self.matmul_width, collective_mb=self.collective_mb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateBenchConfig:
+    """The machine measured for the planner."""
+
+    warmup: int
+    """Calls of each measurement that are not counted."""
+    repeats: int
+    """Calls that are; the median counts."""
+    launches: int
+    """Small operations in a row whose launch is timed."""
+    transfer_mb: int
+    """GPU only: size of a copy between the device and pinned host memory, 10^6 bytes."""
+    gpu: CalibrateSizes
+    """Read where a GPU is measured."""
+    cpu: CalibrateSizes
+    """Read where a CPU is."""
+
+    def __post_init__(self) -> None:
+        require_in("warmup", self.warmup, 0)
+        require_at_least_one(repeats=self.repeats, launches=self.launches, transfer_mb=self.transfer_mb)

@@ -60,7 +60,10 @@ def test_a_word_right_after_a_verb_chooses_in_its_own_group(verb: str, words: li
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["rolout"], ("rolout: no such option of rlhf bench", "did you mean 'rollout'?", "there are parity, rollout", "key=value")),
+        (
+            ["rolout"],
+            ("rolout: no such option of rlhf bench", "did you mean 'rollout'?", "there are calibrate, parity, rollout, step", "key=value"),
+        ),
         (["parity", "rollout"], ("rollout: rlhf bench takes one option", "which is parity already")),
         (["rollout,party"], ("party: no such option", "'parity'")),
         (["parity", "bench.batch_sizes=[1]"], ("bench.batch_sizes: no such key",)),

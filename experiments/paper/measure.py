@@ -1,0 +1,166 @@
+"""Runs the cells of a table that a machine can run, and appends them to its results.csv:
+
+    python experiments/paper/measure.py TABLE hardware=h100-80g trainer.devices=1 [more overrides of rlhf bench step] [--show]
+
+A cell belongs to a machine if its hardware is the machine's and its GPUs are all of them. The layout is the one that the planner chose for
+our engine (modelled.csv), the models have random weights, and every answer has 256 tokens, so neither data nor downloads are needed.
+`--show` prints the commands and runs nothing. For `largest` actors are tried from the largest that the planner thinks fits down to the first
+that completes its iterations; `hardware.host_memory_gb=N` says what the host really has.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paper_cells import ADAPTERS, HERE, PROTOCOL, Cell, answer, question
+from paper_tables import QUANTITIES, SIZES, Line, Times, quantities, read
+
+from rlhf.planning.fit import Words
+from rlhf.reporting.tables import RESULTS, cell_name
+
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Machine:
+    hardware: str
+    devices: int
+    num_nodes: int
+    more: Words
+    """Overrides for every run."""
+
+    @property
+    def gpus(self) -> int:
+        return self.devices * self.num_nodes
+
+    @property
+    def price(self) -> float | None:
+        _, machine, _ = question(self.hardware, "opt-125m", OURS)
+        return machine.hardware.price_per_hour or None
+
+
+def machine_of(words: Sequence[str]) -> Machine:
+    """From `hardware=`, `trainer.devices=` and `trainer.num_nodes=`; the other words go to every run."""
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    bare = [word for word in words if "=" not in word]
+    if bare or "hardware" not in given:
+        raise SystemExit(f"say hardware=NAME trainer.devices=N, and overrides as key=value{': ' + ' '.join(bare) if bare else ''}")
+    own = ("hardware", "trainer.devices", "trainer.num_nodes")
+    devices, nodes = (given.get(key, "1") for key in own[1:])
+    if not (devices.isdecimal() and nodes.isdecimal() and int(devices) and int(nodes)):
+        raise SystemExit(f"trainer.devices={devices} and trainer.num_nodes={nodes} must be whole numbers of at least 1")
+    return Machine(
+        given["hardware"], int(devices), int(nodes),
+        tuple(word for word in words if word.split("=", 1)[0] not in own),
+    )  # fmt: skip
+
+
+def command(machine: Machine, model: str, batch: int, layout: Words) -> list[str]:
+    """One run of `rlhf bench step`, without its run directory."""
+    return [
+        "rlhf", "bench", "step", *PROTOCOL, f"hardware={machine.hardware}", f"trainer.devices={machine.devices}",
+        *([f"trainer.num_nodes={machine.num_nodes}"] if machine.num_nodes > 1 else []), f"model@actor.model={model}",
+        f"ppo.batch_size={batch}", f"ppo.minibatch_size={batch}", *layout, *machine.more,
+    ]  # fmt: skip
+
+
+def run(words: Sequence[str], run_dir: Path) -> dict[str, Any] | None:
+    """bench.json of a run that completed; None: it did not, and has said why. Of several nodes the script of launcher=hostfile is run."""
+    done = subprocess.run([sys.executable, "-m", *words, f"run_dir={run_dir}"], check=False)
+    file, script = run_dir / "bench.json", run_dir / "launch.sh"
+    if done.returncode == 0 and script.is_file():
+        done = subprocess.run(["bash", str(script)], check=False)
+    found = json.loads(file.read_text()) if done.returncode == 0 and file.is_file() else None
+    return found if found and found["status"] == "done" else None
+
+
+def measured(bench: dict[str, Any], machine: Machine) -> dict[str, float | None]:
+    """Every published quantity of a run."""
+    seconds = {name: figures["median_seconds"] for name, figures in bench["phases"].items()}
+    times = Times(generation=seconds["generate"], training=seconds["train"], total=seconds["iteration"])
+    return quantities(
+        times, sequences=bench["config"]["sequences"], gpus=machine.gpus, tflops=bench["paper_tflops_per_gpu"], price=machine.price
+    )
+
+
+def cells_of(table: str, machine: Machine) -> list[Line]:
+    """Lines of modelled.csv that the machine can run."""
+    return [row for row in read(table, "modelled.csv") if (row["hardware"], row["gpus"]) == (machine.hardware, str(machine.gpus))]
+
+
+def runs(table: str, machine: Machine) -> Iterator[tuple[str, int, Words, list[Line]]]:
+    """(model, batch, layout, lines that the run answers): one run for all quantities of a model."""
+    by_model: dict[str, list[Line]] = {}
+    for row in cells_of(table, machine):
+        if row["quantity"] != "largest" and row[OURS]:
+            by_model.setdefault(row["model"], []).append(row)
+    for model, rows in by_model.items():
+        yield model, int(rows[0][f"batch_{OURS}"]), tuple(rows[0][f"layout_{OURS}"].split()), rows
+
+
+def candidates(row: Line, machine: Machine) -> Iterator[tuple[str, int, Words]]:
+    """Actors to try for `largest`: the planner's, and then the next smaller ones."""
+    for model in reversed([model for model, size in SIZES.items() if size <= float(row[OURS] or 0)]):
+        found = answer(Cell(machine.hardware, machine.gpus, model), OURS)
+        if found is not None:
+            yield model, found.batch, (*found.words, *((ADAPTERS,) if found.adapters else ()))
+
+
+def append(table: str, row: Line, value: float, bench: dict[str, Any], words: Sequence[str]) -> None:
+    cell = cell_name(row["hardware"], row["gpus"], row["model"], row["quantity"])
+    with (HERE / table / "results.csv").open("a", newline="") as file:
+        csv.DictWriter(file, RESULTS, lineterminator="\n").writerow(
+            {"cell": cell, "value": f"{value:.4g}", "unit": row["unit"], "card": bench["card"], "command": shlex.join(words),
+             "commit": bench["commit"] or "unknown"}
+        )  # fmt: skip
+
+
+def main(words: Sequence[str]) -> int:
+    """0: every cell that belongs to the machine was measured."""
+    show = "--show" in words
+    names = [word for word in words if word != "--show"]
+    if not names or names[0] not in QUANTITIES:
+        raise SystemExit(f"name a table first: {', '.join(QUANTITIES)}")
+    table, machine = names[0], machine_of(names[1:])
+    if not cells_of(table, machine):
+        raise SystemExit(f"{table} has no cell for {machine.gpus} x {machine.hardware}")
+    missed = []
+    for model, batch, layout, rows in runs(table, machine):
+        words = command(machine, model, batch, layout)
+        print(shlex.join(words), flush=True)
+        bench = None if show else run(words, Path("runs") / "paper" / table / f"{machine.gpus}x{machine.hardware}" / model)
+        missed += [model] if bench is None else []
+        for row in rows if bench is not None else ():
+            assert bench is not None
+            value = measured(bench, machine)[row["quantity"]]
+            if value is not None:
+                append(table, row, value, bench, words)
+    for row in (row for row in cells_of(table, machine) if row["quantity"] == "largest"):
+        missed += [] if largest(table, row, machine, show=show) else ["largest"]
+    if missed and not show:
+        print(f"not measured: {', '.join(missed)}", file=sys.stderr)
+    return 1 if missed and not show else 0
+
+
+def largest(table: str, row: Line, machine: Machine, *, show: bool) -> bool:
+    """Whether one of the actors completed."""
+    for model, batch, layout in candidates(row, machine):
+        words = command(machine, model, batch, layout)
+        print(shlex.join(words), flush=True)
+        bench = None if show else run(words, Path("runs") / "paper" / table / f"{machine.gpus}x{machine.hardware}" / model)
+        if bench is not None:
+            append(table, row, SIZES[model], bench, words)
+            return True
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,102 @@
+"""`rlhf report` as a user meets it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from experiment_folder import RESULTS, folder
+
+from rlhf.cli.main import main
+from rlhf.cli.report import with_runs
+from rlhf.reporting.page import BEGIN, END
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_folder_is_printed_and_drawn(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    place = folder(elsewhere / "experiments" / "t")
+    (place / "README.md").write_text(f"# The table of tests\n\n{BEGIN}\n{END}\n\nVerdict.\n")
+    assert main(["report", "experiments/t"]) == 0
+    out = capsys.readouterr().out
+    for word in ("The table of tests", "published", "measured", "+20%", "5 (Some Card)", "not run: needs 8 GPUs", "not run yet", "held-out rows 10.0%"):
+        assert word in out
+    table = (place / "table.md").read_text()
+    assert "| small | card-a | 1 | hours | 10 | 12 | +20% | fitted | 6 | 5 (Some Card) | +20% |" in table
+    readme = (place / "README.md").read_text()
+    assert table in readme and readme.endswith("Verdict.\n")
+    assert (place / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in place.iterdir()) == [
+        "README.md", "modelled.csv", "plot.png", "published.csv", "results.csv", "table.md",
+    ]  # fmt: skip
+    assert [path.name for path in elsewhere.iterdir()] == ["experiments"], "a report leaves no run directory"
+
+
+def test_several_folders_have_medians_together(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    folder(elsewhere / "a")
+    folder(elsewhere / "with 'quotes' and, commas")
+    assert main(["report", "a", "with 'quotes' and, commas/"]) == 0
+    out = capsys.readouterr().out
+    assert "All folders together. Median error of the model with the original's engine: all rows 15.0%" in out
+    assert (elsewhere / "with 'quotes' and, commas" / "table.md").is_file()
+
+
+def test_the_key_is_as_good_as_the_words(elsewhere: Path) -> None:
+    folder(elsewhere / "a")
+    assert main(["report", "report.runs=[a]"]) == 0
+    assert (elsewhere / "a" / "plot.png").is_file()
+
+
+def test_a_folder_with_an_equals_sign_is_a_folder(elsewhere: Path) -> None:
+    (elsewhere / "lr=0.1").mkdir()
+    assert with_runs(["lr=0.1", "x", "--cfg", "job"]) == ["report.runs=['lr=0.1','x']", "--cfg", "job"]
+    assert with_runs(["lr=0.2"]) == ["lr=0.2"]
+
+
+def test_a_report_imports_no_torch(elsewhere: Path) -> None:
+    folder(elsewhere / "a")
+    code = (
+        "import sys; from rlhf.cli.main import main; code = main(['report', 'a']);"
+        "print('heavy:', sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'lightning', 'transformers', 'deepspeed', 'datasets'}));"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert "heavy: []" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "report.runs is empty: name a folder, as in rlhf report experiments/table1"),
+        (("b",), "report.runs: there is no folder b"),
+        (("empty",), "report.runs: empty has no published.csv; rlhf report reads folders with published.csv, modelled.csv and results.csv"),
+        (("broken",), "broken/results.csv:4: value must be a number above 0, got 'fast'"),
+        (("a", "report.runs=[b]"), "report.runs is a already, the words right after rlhf report"),
+        (("a", "a"), "report.runs names a folder twice: ['a', 'a']"),
+        (("a", "run_dir=x"), "run_dir: rlhf report writes into the folders it reads"),
+        (("a", "trainer=gpu"), "trainer: no such key"),
+        (("a", "report.run=b"), "report.run: no such key (did you mean 'report.runs'?)"),
+        (("report.runs=a",), "report.runs: expected list[str], got 'a'"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(
+    words: tuple[str, ...], message: str, refused: Callable[..., str], elsewhere: Path
+) -> None:
+    folder(elsewhere / "a")
+    folder(elsewhere / "broken", results=RESULTS + "card-a/8/small/hours,fast,hours,c,x,y\n")
+    (elsewhere / "empty").mkdir()
+    assert message in refused("report", *words)
+    assert not list(elsewhere.rglob("*.png")) and not list(elsewhere.rglob("table.md"))
+
+
+def test_one_bad_folder_keeps_the_others_from_being_written(refused: Callable[..., str], elsewhere: Path) -> None:
+    folder(elsewhere / "a")
+    assert "there is no folder b" in refused("report", "a", "b")
+    assert not (elsewhere / "a" / "table.md").exists()
