@@ -49,7 +49,14 @@ def cells(table: str, quantity: str) -> dict[Cell, float]:
 @functools.cache
 def question(hardware: str, model: str, engine: str) -> tuple[Workload, Machine, dict[str, Any]]:
     """The job, what it is held against, and how the engine may lay it out."""
-    words = ["run_dir=none", *PROTOCOL, f"efficiency@plan.efficiency={engine}", f"hardware={hardware}", f"model@actor.model={model}", ADAPTERS]
+    words = [
+        "run_dir=none",
+        *PROTOCOL,
+        f"efficiency@plan.efficiency={engine}",
+        f"hardware={hardware}",
+        f"model@actor.model={model}",
+        ADAPTERS,
+    ]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config: Any = OmegaConf.to_container(compose("plan", words), resolve=True)
     cfg = step_settings(config, "ppo")

@@ -92,7 +92,9 @@ def quantity(row: PaperRow, name: str) -> float | None:
     generation = sum(seconds.get(phase, 0.0) for phase in ("gather", "prefill", "decode"))
     training = sum(value for phase, value in seconds.items() if phase.startswith("train") or phase == "optimizer")
     times = Times(generation=generation, training=training, total=total)
-    return quantities(times, sequences=row.batch, gpus=row.gpus, tflops=row.tflops, price=row.dollars and row.dollars / row.hours / row.gpus)[name]
+    return quantities(
+        times, sequences=row.batch, gpus=row.gpus, tflops=row.tflops, price=row.dollars and row.dollars / row.hours / row.gpus
+    )[name]
 
 
 @dataclass(frozen=True, kw_only=True)

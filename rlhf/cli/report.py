@@ -21,7 +21,9 @@ def with_runs(words: list[str]) -> list[str]:
     Raises:
         UserError: `report.runs` is given as well, or a `run_dir`, which this verb has no use for.
     """
-    folders = list(itertools.takewhile(lambda word: not word.startswith(("-", "report.")) and ("=" not in word or Path(word).exists()), words))
+    folders = list(
+        itertools.takewhile(lambda word: not word.startswith(("-", "report.")) and ("=" not in word or Path(word).exists()), words)
+    )
     rest = words[len(folders) :]
     if any(word.startswith("run_dir=") for word in rest):
         raise UserError("run_dir: rlhf report writes into the folders it reads, and leaves no run directory")

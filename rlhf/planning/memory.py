@@ -186,7 +186,12 @@ def _training(role: Role, work: Workload) -> list[Item]:
     full = min(1.0, role.zero.reduce_bucket_size / max(1, role.trainable)) if role.stage in (1, 2) else 1.0
     tied = element * role.network.tables[0] if role.kind == "causal" and role.network.head is None and role.trainable > role.adapters else 0
     moments = [
-        {"activations": at_head, "logits": logits, "gradients": start, "reduce buffers": buckets if states.keeps_buckets(role, work) else 0.0},
+        {
+            "activations": at_head,
+            "logits": logits,
+            "gradients": start,
+            "reduce buffers": buckets if states.keeps_buckets(role, work) else 0.0,
+        },
         {"activations": kept, "workspace": workspace, "gradients": start + tied, "reduce buffers": buckets},
         {"activations": kept * (1 - full), "workspace": workspace, "gradients": end + tied, "reduce buffers": buckets},
     ]

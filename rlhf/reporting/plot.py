@@ -59,7 +59,9 @@ def _scaling(axis: Any, found: Experiment) -> None:
     for model, engine in dict.fromkeys((row.model, row.engine) for row in found.scale):
         mine = [row for row in found.scale if (row.model, row.engine) == (model, engine) and row.sequences_per_s is not None]
         colour, dash = COLOURS[models.index(model) % len(COLOURS)], ("--", "-", ":")[engines.index(engine) % 3]
-        axis.plot([row.gpus for row in mine], [row.sequences_per_s for row in mine], dash, color=colour, marker=".", label=f"{model}, {engine}")
+        axis.plot(
+            [row.gpus for row in mine], [row.sequences_per_s for row in mine], dash, color=colour, marker=".", label=f"{model}, {engine}"
+        )
         stops = [row for row in mine if row.stops]
         axis.plot([row.gpus for row in stops], [row.sequences_per_s for row in stops], "o", color=colour, markersize=9, fillstyle="none")
     counts = sorted({row.gpus for row in found.scale})

@@ -121,7 +121,9 @@ def read_experiment(folder: Path) -> Experiment:
         raise UserError(f"report.runs: there is no folder {folder}{near}")
     for name in ("published.csv", "modelled.csv", "results.csv"):
         if not (folder / name).is_file():
-            raise UserError(f"report.runs: {folder} has no {name}; rlhf report reads folders with published.csv, modelled.csv and results.csv")
+            raise UserError(
+                f"report.runs: {folder} has no {name}; rlhf report reads folders with published.csv, modelled.csv and results.csv"
+            )
     published = _published(folder / "published.csv")
     results = _results(folder / "results.csv")
     rows = tuple(_rows(folder / "modelled.csv", published, results))
@@ -217,7 +219,9 @@ def read_csv(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[s
                 raise UserError(f"{file}:1: no column {', '.join(missing)}; there must be {', '.join(columns)}")
             for row in reader:
                 if None in row or None in row.values():
-                    raise UserError(f"{file}:{reader.line_num}: another number of fields than the {len(reader.fieldnames or [])} of the header")
+                    raise UserError(
+                        f"{file}:{reader.line_num}: another number of fields than the {len(reader.fieldnames or [])} of the header"
+                    )
                 yield reader.line_num, row
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a table of comma-separated values: {error}") from error

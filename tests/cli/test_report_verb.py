@@ -26,7 +26,16 @@ def test_a_folder_is_printed_and_drawn(capsys: pytest.CaptureFixture[str], elsew
     (place / "README.md").write_text(f"# The table of tests\n\n{BEGIN}\n{END}\n\nVerdict.\n")
     assert main(["report", "experiments/t"]) == 0
     out = capsys.readouterr().out
-    for word in ("The table of tests", "published", "measured", "+20%", "5 (Some Card)", "not run: needs 8 GPUs", "not run yet", "held-out rows 10.0%"):
+    for word in (
+        "The table of tests",
+        "published",
+        "measured",
+        "+20%",
+        "5 (Some Card)",
+        "not run: needs 8 GPUs",
+        "not run yet",
+        "held-out rows 10.0%",
+    ):
         assert word in out
     table = (place / "table.md").read_text()
     assert "| small | card-a | 1 | hours | 10 | 12 | +20% | fitted | 6 | 5 (Some Card) | +20% |" in table
@@ -83,7 +92,7 @@ def test_a_report_imports_no_torch(elsewhere: Path) -> None:
         (("a", "run_dir=x"), "run_dir: rlhf report writes into the folders it reads"),
         (("a", "trainer=gpu"), "trainer: no such key"),
         (("a", "report.run=b"), "report.run: no such key (did you mean 'report.runs'?)"),
-        (("report.runs=a",), "report.runs: expected list[str], got 'a'"),
+        (("report.runs=a",), "report.runs: expected list, got 'a'"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(
