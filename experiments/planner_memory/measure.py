@@ -33,7 +33,7 @@ def run(case: Case, folder: Path, timeout: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "rlhf", "bench", "step", *case.words, f"hardware={CARD}", "plan.enforce=false", f"run_dir={folder}"]
     path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
+    with folder.with_name(f"{folder.name}.log").open("w", encoding="utf-8") as log:
         log.write(" ".join(command) + "\n")
         log.flush()
         try:

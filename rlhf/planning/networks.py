@@ -93,6 +93,16 @@ class Network:
             return self.backbone + self.embed_width
         return self.backbone + (self.head.count if self.head else 0)
 
+    def tensors(self, kind: Literal["causal", "scalar"]) -> int:
+        """How many parameters there are as tensors: engines take time for each, however small."""
+        linear = sum(n * (2 if m.bias else 1) for m, n in self.adapted)
+        head = 1 if kind == "scalar" else 0 if self.head is None else 2 if self.head.bias else 1
+        return linear + self.layers * self._norm_tensors(self.norms) + self._norm_tensors(self.outside) + len(self.tables) + head
+
+    def _norm_tensors(self, elements: int) -> int:
+        """Weights and biases of norms are as wide as the network, but for a pair over heads."""
+        return elements // self.hidden + (2 if elements % self.hidden else 0)
+
     @property
     def adapted(self) -> tuple[tuple[Matrix, int], ...]:
         """What `all-linear` adapts, each with how often it occurs: all linear layers but the head."""

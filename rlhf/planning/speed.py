@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhf.config import UserError
 from rlhf.planning import rollouts, states
 from rlhf.planning.networks import Network
 from rlhf.planning.workload import Role, Workload
 from rlhf.settings import EfficiencyConfig, HardwareConfig
 
 GIGA, TERA, MICRO = 1e9, 1e12, 1e-6
-ADAM_BYTES = {"fused_adam": 42, "adamw": 70}
-"""Bytes a trained parameter that a step moves on the GPU: state read and written, gradients made flat and fp32 (12 more); torch's AdamW
-reads and writes again for each of its operations (estimate)."""
+ADAM_BYTES = {"fused_adam": 70, "adamw": 98}
+"""Bytes a trained parameter that a step moves on the GPU: the norm in fp64 (18), gradients made flat and fp32 (10), clipped (8), state and
+master read and written (28), the 16-bit weight (6); torch's AdamW reads and writes again for each of its operations (estimate)."""
 HOST_ADAM_BYTES = 30
 """The same on the host: state and gradient read, state and 16-bit weight written."""
 
@@ -39,9 +40,16 @@ class TimePlan:
 
 
 def time_plan(work: Workload, hardware: HardwareConfig, efficiency: EfficiencyConfig) -> TimePlan:
-    """One iteration: generate, score, train, update, as they follow each other on every rank."""
+    """One iteration: generate, score, train, update, as they follow each other on every rank.
+
+    Raises:
+        UserError: several ranks, and the hardware has no rate at which they exchange data.
+    """
     if hardware.tflops_16bit == 0 or hardware.bandwidth_gbs == 0:
         return TimePlan({}, work.global_batch)
+    for name, several in (("link_gbs", min(work.ranks, work.per_node) > 1), ("network_gbs", work.nodes > 1)):
+        if several and getattr(hardware, name) == 0:
+            raise UserError(f"hardware.{name}=0, but {work.ranks} ranks exchange data: give the rate in 10^9 bytes a second, each way")
     clock = Clock(work, hardware, efficiency)
     seconds: dict[str, float] = {}
     if work.rollout is not None and work.rollout.engine != "recorded":
@@ -69,6 +77,11 @@ def forward_operations(net: Network, kind: str, rows: float, length: int, scored
     backbone = 2.0 * net.multiplied * length + 4.0 * net.layers * net.heads * net.head_dim * length * length / 2
     head = 2.0 * net.vocab * net.embed_width * scored if kind == "causal" else 0.0
     return rows * (backbone + head)
+
+
+def padded(head_dim: int) -> int:
+    """What the attention kernel works on: the next power of two (rlhf/inference/kernels/attention.py)."""
+    return 1 << (head_dim - 1).bit_length()
 
 
 class Clock:
@@ -113,6 +126,8 @@ class Clock:
         head = net.vocab * net.embed_width
         weights = (net.multiplied + head) * work.element / tp
         live = n * (work.prompt + work.answer / 2) * net.kv_width / tp * net.layers * work.element
+        if rollouts.fast(work):
+            live *= padded(net.head_dim) / net.head_dim
         reading = (weights + live * self.efficiency.decode_cache_passes) / self.memory
         products = 2.0 * (net.multiplied + head) / tp * n / (self.rate * self.efficiency.forward)
         gaps = net.layers * self.efficiency.decode_layer_us * MICRO
@@ -132,7 +147,8 @@ class Clock:
     def score(self, role: Role) -> float:
         work = self.work
         operations = forward_operations(role.network, role.kind, work.batch, work.length, work.scored)
-        return max(operations / (self.rate * self.efficiency.forward), self.eager(role, work.batch / work.score_micro))
+        passes = work.batch / work.score_micro
+        return max(operations / (self.rate * self.efficiency.forward), self.eager(role, passes), self.fetching(role, passes))
 
     def train(self, role: Role) -> float:
         """Forward and backward pass. The backward pass is twice the forward one; where only adapters learn, matrices need no gradient of
@@ -144,23 +160,36 @@ class Clock:
         if texts:
             forward += forward_operations(role.network, role.kind, rows, work.length, work.length)
         factor = 1.0 + (1.0 if role.lora is not None else 2.0) + (1.0 if role.checkpointing else 0.0)
-        passes = rows / work.micro * factor * (2 if texts else 1)
-        return max(factor * forward / (self.rate * self.efficiency.training), self.eager(role, passes))
+        micros = rows / work.micro * (2 if texts else 1)
+        again = 1.0 if role.checkpointing else 0.0
+        computing = factor * forward / (self.rate * self.efficiency.training) + micros * (3 + again) * self.adapters(role)
+        hooks = micros * role.trained_tensors * self.efficiency.gradient_tensor_us * MICRO
+        return max(computing, self.eager(role, micros * factor), self.fetching(role, micros * (2 + again))) + hooks
+
+    def adapters(self, role: Role) -> float:
+        """Memory traffic of the adapters in a forward pass of one micro-batch."""
+        outputs = sum(n * m.rows for m, n in role.network.adapted if role.adapts(m))
+        return self.work.micro * self.work.length * outputs * self.efficiency.adapter_moves * self.work.element / self.memory
 
     def eager(self, role: Role, passes: float) -> float:
         """The least that the launches of so many forward passes take."""
         return passes * role.network.layers * self.efficiency.eager_layer_us * MICRO
+
+    def fetching(self, role: Role, passes: float) -> float:
+        """The least that ZeRO-3's hooks take in so many passes, forward or backward."""
+        return passes * role.network.tensors(role.kind) * self.efficiency.zero3_tensor_us * MICRO if role.stage == 3 else 0.0
 
     # --- optimizer ---
 
     def optimizer(self, role: Role) -> float:
         work = self.work
         trained = role.trainable / states.sharded(role, work)
+        tensors = role.trained_tensors * self.efficiency.optimizer_tensor_us * MICRO
         if not role.zero.offload_optimizer:
-            return work.steps * trained * ADAM_BYTES.get(str(role.optimizer), 70) / self.memory
+            return work.steps * (tensors + trained * ADAM_BYTES.get(str(role.optimizer), ADAM_BYTES["adamw"]) / self.memory)
         host = trained * work.per_node * HOST_ADAM_BYTES / (self.efficiency.host_adam_gbs * GIGA)
         moved = trained * 2 * work.element / self.host_link
-        return work.steps * (host + moved)
+        return work.steps * (tensors + host + moved)
 
     @property
     def host_link(self) -> float:
@@ -179,7 +208,7 @@ class Clock:
         if work.ranks == 1:
             return 0.0
         link = self.hardware.link_gbs * GIGA * efficiency.link
-        seconds = size / link if link else 0.0
+        seconds = size / link if work.per_node > 1 else 0.0
         if work.nodes > 1:
             between = size * work.ranks / max(1, work.ranks - 1) * (work.nodes - 1) / work.nodes
             seconds = max(seconds, between / (self.hardware.network_gbs * GIGA * efficiency.network))

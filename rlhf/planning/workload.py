@@ -68,6 +68,19 @@ class Role:
         frozen = sum(m.count * n for m, n in self.network.adapted if self.adapts(m))
         return self.parameters - frozen + self.adapters
 
+    @property
+    def trained_tensors(self) -> int:
+        """Parameters with gradients, as tensors."""
+        if not self.trained:
+            return 0
+        if self.lora is None:
+            return self.network.tensors(self.kind)
+        adapted = [(m, n) for m, n in self.network.adapted if self.adapts(m)]
+        pairs = 2 * sum(n for _, n in adapted)
+        if self.lora.only:
+            return pairs + (1 if self.kind == "scalar" else 0)
+        return self.network.tensors(self.kind) + pairs - sum(n * (2 if m.bias else 1) for m, n in adapted)
+
     def adapts(self, matrix: Matrix) -> bool:
         """Whether LoRA adapts this matrix. A pattern (a string other than all-linear) is taken to mean every linear layer: an upper bound."""
         if self.lora is None or isinstance(self.lora.target_modules, str):

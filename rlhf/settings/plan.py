@@ -48,6 +48,14 @@ class EfficiencyConfig:
     """Decoding: how often a step moves the live part of the KV cache."""
     eager_layer_us: float
     """Training and scoring: microseconds that a layer's forward pass takes at least, however small the batch."""
+    adapter_moves: float
+    """LoRA: elements read and written in a forward pass for each output of an adapted matrix: the adapter's, scaled, added."""
+    gradient_tensor_us: float
+    """Training: microseconds that the engine's hooks take for each trained tensor in a backward pass."""
+    optimizer_tensor_us: float
+    """Microseconds of each trained tensor in a step of the optimizer, beside the memory it moves."""
+    zero3_tensor_us: float
+    """ZeRO-3: microseconds that fetching and releasing takes for each tensor in a pass, however few ranks there are."""
     link: float
     """Share of the link between devices that a large collective reaches."""
     network: float
@@ -67,7 +75,17 @@ class EfficiencyConfig:
         for name in ("training", "forward", "memory", "link", "network", "host_link"):
             require(0 < getattr(self, name) <= 1, f"{name} must lie in (0, 1], got {getattr(self, name)}")
         require_in("overlap", self.overlap, 0, 1)
-        for name in ("decode_layer_us", "eager_layer_us", "collective_us", "iteration_ms"):
+        costs = (
+            "adapter_moves",
+            "decode_layer_us",
+            "eager_layer_us",
+            "gradient_tensor_us",
+            "optimizer_tensor_us",
+            "zero3_tensor_us",
+            "collective_us",
+            "iteration_ms",
+        )
+        for name in costs:
             require_in(name, getattr(self, name), 0)
         require_at_least_one(decode_cache_passes=self.decode_cache_passes)  # type: ignore[arg-type]
         require(self.host_adam_gbs > 0, f"host_adam_gbs must be positive, got {self.host_adam_gbs}")

@@ -31,11 +31,14 @@ def test_every_model_of_conf_has_the_published_count(name: str) -> None:
 def test_counts_are_those_of_transformers(family: str) -> None:
     made = config(family)
     found = FAMILIES[made.model_type](made.to_dict() | _canonical(made))
-    assert found.parameters("causal") == sum(p.numel() for p in AutoModelForCausalLM.from_config(made).parameters())
+    weights = list(AutoModelForCausalLM.from_config(made).parameters())
+    assert found.parameters("causal") == sum(p.numel() for p in weights)
+    assert found.tensors("causal") == len(weights)
     assert found.layers == made.num_hidden_layers and found.vocab == made.vocab_size
     if made.model_type != "codegen":  # transformers has no scalar model for it
         scalar = AutoModelForSequenceClassification.from_config(config(family, num_labels=1))
         assert found.parameters("scalar") == sum(p.numel() for p in scalar.parameters())
+        assert found.tensors("scalar") == len(list(scalar.parameters()))
 
 
 def _canonical(made: Any) -> dict[str, Any]:
@@ -54,6 +57,7 @@ def test_families_without_a_file(family: str, tied: bool) -> None:
     }  # fmt: skip
     made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
     assert FAMILIES[family](shape).parameters("causal") == sum(p.numel() for p in made.parameters())
+    assert FAMILIES[family](shape).tensors("causal") == len(list(made.parameters()))
 
 
 def test_an_unknown_family_is_named() -> None:

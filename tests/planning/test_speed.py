@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from plans import job, machine
 
-from rlhf.planning.speed import ADAM_BYTES, Clock, TimePlan, forward_operations, time_plan
+from rlhf.config import UserError
+from rlhf.planning.speed import ADAM_BYTES, Clock, TimePlan, forward_operations, padded, time_plan
 from rlhf.planning.workload import Workload
 
 IDEAL: dict[str, Any] = {
-    "training": 1.0, "forward": 1.0, "memory": 1.0, "decode_layer_us": 0.0, "decode_cache_passes": 1.0, "eager_layer_us": 0.0, "link": 1.0,
-    "network": 1.0, "overlap": 0.0, "collective_us": 0.0, "host_link": 1.0, "host_adam_gbs": 30.0, "iteration_ms": 0.0,
+    "training": 1.0, "forward": 1.0, "memory": 1.0, "decode_layer_us": 0.0, "decode_cache_passes": 1.0, "eager_layer_us": 0.0, "adapter_moves": 7.0,
+    "gradient_tensor_us": 0.0, "optimizer_tensor_us": 0.0, "zero3_tensor_us": 0.0, "link": 1.0, "network": 1.0,
+    "overlap": 0.0, "collective_us": 0.0, "host_link": 1.0, "host_adam_gbs": 30.0, "iteration_ms": 0.0,
 }  # fmt: skip
 HARDWARE = dataclasses.replace(
     machine().hardware, tflops_16bit=100.0, bandwidth_gbs=1000.0, link_gbs=100.0, network_gbs=50.0, host_link_gbs=10.0, devices_per_node=8
@@ -60,7 +62,9 @@ def test_training_passes() -> None:
     forward = forward_operations(job().roles["actor"].network, "causal", 64, 512, 257) / 1e14
     for overrides, factor in (((), 3), (("actor.gradient_checkpointing=true",), 4), (("lora@actor.lora=r8",), 2)):
         work = job(*overrides)
-        assert clock(work).train(work.roles["actor"]) == pytest.approx(factor * forward), overrides
+        beside = 3 * clock(work).adapters(work.roles["actor"])
+        assert clock(work).train(work.roles["actor"]) == pytest.approx(factor * forward + beside), overrides
+        assert (beside > 0) == ("lora@actor.lora=r8" in overrides)
     twice = job("ppo.epochs=2")
     assert clock(twice).train(twice.roles["actor"]) == pytest.approx(6 * forward)
 
@@ -77,6 +81,40 @@ def test_small_batches_take_as_long_as_their_launches() -> None:
     work = job("ppo.micro_batch_size=1")
     slow = Clock(work, HARDWARE, dataclasses.replace(BEST, eager_layer_us=1000.0))
     assert slow.train(work.roles["actor"]) == pytest.approx(64 * 3 * L * 1e-3)
+
+
+def test_adapters_move_activations_beside_their_matrices() -> None:
+    """Seven elements for each output of q, k, v, out, up and down, by every token of a micro-batch."""
+    work = job("lora@actor.lora=r8", "ppo.micro_batch_size=16")
+    outputs = L * (4 * D + F + D)
+    assert clock(work).adapters(work.roles["actor"]) == pytest.approx(16 * 512 * 7 * outputs * 2 / 1e12)
+    assert clock(work).adapters(work.roles["critic"]) == 0
+
+
+def test_engines_take_time_for_every_tensor() -> None:
+    """OPT-1.3B has 388: six matrices with biases and two norms a layer, two tables, a norm at the end."""
+    slow = dataclasses.replace(BEST, gradient_tensor_us=1000.0, optimizer_tensor_us=500.0)
+    work = job("ppo.micro_batch_size=16", "ppo.minibatch_size=32")
+    actor = work.roles["actor"]
+    assert Clock(work, HARDWARE, slow).train(actor) - clock(work).train(actor) == pytest.approx(4 * 388 * 1e-3)
+    assert Clock(work, HARDWARE, slow).optimizer(actor) - clock(work).optimizer(actor) == pytest.approx(2 * 388 * 5e-4)
+    adapted = job("lora@actor.lora=r128_only").roles["actor"]
+    assert adapted.trained_tensors == 2 * 6 * L
+    beside = job("lora@actor.lora=r8").roles["actor"]
+    assert beside.lora is not None and beside.lora.only
+
+
+def test_zero_3_takes_at_least_the_time_of_its_hooks() -> None:
+    slow = dataclasses.replace(BEST, zero3_tensor_us=1e6)
+    work = job("zero@actor.zero=z3", "actor.gradient_checkpointing=true", "ppo.micro_batch_size=32", "ppo.score_micro_batch_size=16")
+    found = Clock(work, HARDWARE, slow)
+    assert found.train(work.roles["actor"]) == pytest.approx(2 * 3 * 388)
+    assert found.score(work.roles["actor"]) == pytest.approx(4 * 388)
+    assert found.score(work.roles["ref"]) == clock(work).score(work.roles["ref"]), "not sharded"
+
+
+def test_the_cache_is_read_as_wide_as_the_kernel_works() -> None:
+    assert [padded(width) for width in (64, 80, 96, 128)] == [64, 128, 128, 128]
 
 
 def test_the_optimizer_moves_its_state() -> None:
@@ -129,3 +167,11 @@ def test_the_measured_rollout_of_the_hybrid_engine() -> None:
         cfg = settings("ppo", "model@actor.model=opt-1.3b")
         found = time_plan(work, cfg.hardware, cfg.plan.efficiency).seconds
         assert batch * 256 / (found["gather"] + found["prefill"] + found["decode"]) == pytest.approx(rate, rel=0.05)
+
+
+def test_ranks_that_cannot_talk_are_refused() -> None:
+    several = job("trainer.devices=8", "trainer.num_nodes=2", "ppo.batch_size=128", "ppo.minibatch_size=128")
+    for key in ("link_gbs", "network_gbs"):
+        with pytest.raises(UserError, match=rf"hardware.{key}=0, but 16 ranks exchange data"):
+            time_plan(several, dataclasses.replace(HARDWARE, **{key: 0.0}), BEST)
+    assert time_plan(job(), dataclasses.replace(HARDWARE, link_gbs=0.0, network_gbs=0.0), BEST).total > 0, "one rank needs neither"
