@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,10 @@ from rlhf.engines.generation import HFGenerate
 from rlhf.engines.room import require_room
 from rlhf.engines.strategy import RoleStrategy
 from rlhf.engines.tensor_parallel import Share, own_rows, tensor_parallel_group
+from rlhf.inference.build import operations, positions_of
 from rlhf.inference.decoder import Decoder
 from rlhf.inference.families import UnsupportedFamily, describe
 from rlhf.inference.generate import Answers, Generator
-from rlhf.inference.parallel import Parallel
-from rlhf.inference.reference import Positions, TorchOps, alibi_slopes, rotary
 from rlhf.inference.sampling import Sampling
 from rlhf.inference.shape import DecoderShape
 from rlhf.inference.weights import DecoderWeights
@@ -258,22 +256,3 @@ class HybridEngine:
 
 def _fits(generator: Generator, slots: int, tokens: int) -> bool:
     return generator.slots >= slots and generator.tokens >= tokens
-
-
-def operations(device: torch.device) -> TorchOps:
-    """Kernels on a GPU, plain PyTorch elsewhere."""
-    if device.type != "cuda":
-        return TorchOps()
-    from rlhf.inference.kernels.ops import TritonOps  # imports Triton, which only GPU builds of torch bring
-
-    return TritonOps()
-
-
-def positions_of(model: nn.Module, shape: DecoderShape, parallel: Parallel, *, tokens: int, device: torch.device) -> Positions:
-    """Tables of a model's positions, up to `tokens`; rotary frequencies as the model's own module has them."""
-    if shape.positions == "alibi":
-        return Positions(slopes=alibi_slopes(shape.heads)[parallel.share(shape.heads)].to(device))
-    if shape.positions == "learned":
-        return Positions()
-    module: Any = next(m for m in model.modules() if "inv_freq" in m._buffers)
-    return rotary(module.inv_freq.to(device), module.attention_scaling, tokens=tokens, head_dim=shape.head_dim)

@@ -89,3 +89,34 @@ def choose(logits: Tensor, candidates: Tensor, uniform: Tensor, *, temperature: 
         below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not carry the number past the last candidate
         tokens = torch.searchsorted(sums, torch.minimum(uniform.unsqueeze(1) * total, below), right=True).squeeze(1)
     return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+def choose_each(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """`filtered` and `choose` with settings of each row's own.
+
+    Args:
+        logits: (B, V).
+        uniform: (B,) fp32.
+        temperature: (B,) fp32, 0: the most likely token.
+        top_k: (B,) int64, 0: off.
+        top_p: (B,) fp32, 1: off.
+
+    Returns:
+        (B,) int64 tokens; (B,) fp32 log-probabilities under softmax(logits / temperature), nothing left out (temperature 0: softmax(logits)).
+    """
+    scores = logits.float()
+    greedy = temperature == 0
+    warmth = torch.where(greedy, 1.0, temperature)[:, None]  # (B, 1)
+    ordered, index = scores.sort(dim=-1, descending=True)
+    vocabulary = scores.shape[-1]
+    last = torch.where(top_k > 0, top_k, vocabulary).clamp(max=vocabulary)[:, None] - 1  # (B, 1)
+    kept = ordered.masked_fill(ordered < ordered.gather(1, last), -torch.inf)
+    mass = (kept / warmth).softmax(dim=-1)
+    outside = mass.cumsum(dim=-1) - mass >= top_p[:, None]
+    outside &= (top_p < 1)[:, None]  # rounding of the sum cuts nothing off where nothing is to be cut
+    kept = kept.masked_fill(outside, -torch.inf)
+    candidates = torch.empty_like(scores).scatter(1, index, kept)
+    drawn, _ = choose(logits, candidates / warmth, uniform, temperature=1.0)
+    tokens = torch.where(greedy, scores.argmax(dim=-1), drawn)
+    logprobs = (scores / warmth).log_softmax(dim=-1)
+    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)

@@ -9,13 +9,13 @@ from tiny import COMMON, SHAPES
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlhf.inference.build import PlainWeights, positions_of
 from rlhf.inference.decoder import Decoder
 from rlhf.inference.families import describe
 from rlhf.inference.generate import Generator
 from rlhf.inference.parallel import Parallel
-from rlhf.inference.reference import Positions, TorchOps, alibi_slopes, rotary
+from rlhf.inference.reference import TorchOps
 from rlhf.inference.sampling import Sampling
-from rlhf.inference.shape import DecoderShape
 from rlhf.inference.weights import DecoderWeights
 
 CPU = torch.device("cpu")
@@ -57,21 +57,15 @@ def noisy_model(family: str, *, noise: float = 0.15, seed: int = 0, **changes: A
     return model
 
 
-class PlainSource:
+class PlainSource(PlainWeights):
     """A model's own parameters; the names in `folded` may not be shared, as if an adapter belonged to them."""
 
     def __init__(self, model: nn.Module, *, folded: tuple[str, ...] = ()) -> None:
-        self.parameters = dict(model.named_parameters())
+        super().__init__(model)
         self.folded = folded
-
-    def has(self, name: str) -> bool:
-        return name in self.parameters
 
     def shareable(self, name: str) -> bool:
         return name not in self.folded
-
-    def read(self, name: str) -> Tensor:
-        return self.parameters[name].data
 
 
 def weights_of(model: Any, *, parallel: Parallel | None = None, source: PlainSource | None = None) -> DecoderWeights:
@@ -89,15 +83,6 @@ def fill(weights: DecoderWeights, source: PlainSource) -> None:
         weights.fill(part, source)
 
 
-def positions_of(model: Any, shape: DecoderShape) -> Positions:
-    if shape.positions == "alibi":
-        return Positions(slopes=alibi_slopes(shape.heads).to(model.device))
-    if shape.positions == "learned":
-        return Positions()
-    module = next(m for m in model.modules() if hasattr(m, "inv_freq"))
-    return rotary(module.inv_freq, module.attention_scaling, tokens=POSITIONS, head_dim=shape.head_dim)
-
-
 def generator_of(
     model: Any,
     *,
@@ -110,7 +95,13 @@ def generator_of(
 ) -> Generator:
     """Greedy and without stop tokens unless said otherwise; its cache is mapped."""
     shape = describe(model.config)
-    decoder = Decoder(shape, weights_of(model), positions_of(model, shape), ops or TorchOps(), Parallel())
+    decoder = Decoder(
+        shape,
+        weights_of(model),
+        positions_of(model, shape, Parallel(), tokens=POSITIONS, device=model.device),
+        ops or TorchOps(),
+        Parallel(),
+    )
     generator = Generator(
         decoder, plain_sampling(**sampling), slots=slots, tokens=POSITIONS, new_tokens=new_tokens, prefill_tokens=prefill_tokens,
         graphs=graphs, dtype=model.dtype, device=model.device,

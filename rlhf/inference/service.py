@@ -1,0 +1,273 @@
+"""Answers requests as they come: each joins the batch that runs, at the next step, and leaves it when it ends.
+
+Knows slots, threads and the order of work; knows no text and no network protocol. Requests have their own sampling, so that, unlike in a
+rollout, settings are tensors with an entry a slot. S slots, B rows of a step, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rlhf.inference.arena import make_arena
+from rlhf.inference.decoder import Decoder
+from rlhf.inference.generate import upload
+from rlhf.inference.graphs import Steps
+from rlhf.inference.reference import record
+from rlhf.inference.sampling import Sampling, choose_each, uniforms
+from rlhf.inference.slots import Slots, cache_specs
+
+End = Literal["stop", "length", "cancelled", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and how it is to be answered."""
+
+    prompt: tuple[int, ...]
+    limit: int
+    """Tokens of the answer at most; prompt and answer have to fit into the cache."""
+    temperature: float
+    """0: the most likely token."""
+    top_k: int
+    """0: off."""
+    top_p: float
+    """1: off."""
+    seed: int
+    """The same request with the same seed gets the same answer, whatever else is answered beside it."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One more token of an answer, or its end."""
+
+    token: int | None
+    """None: the answer ended otherwise than by a token (cancelled, failed)."""
+    logprob: float
+    """Under the request's temperature, before top k and top p."""
+    end: End | None
+
+
+Deliver = Callable[[Drawn], None]
+"""Called for every token in the thread that runs the steps: it must be quick and must not raise."""
+
+
+class Ticket:
+    """A request on its way. Its slot is the service's business."""
+
+    def __init__(self, request: Request, deliver: Deliver) -> None:
+        self.request, self.deliver = request, deliver
+        self.cancelled = False
+
+
+class Service:
+    """Owns the cache and the slots of one decoder. `submit` and `cancel` may come from any thread, `step` from one."""
+
+    def __init__(
+        self, decoder: Decoder, *, slots: int, tokens: int, stop_ids: tuple[int, ...], pad_id: int, prefill_tokens: int = 8192, graphs: bool,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            tokens: prompt and answer tokens that the cache holds for a request.
+            prefill_tokens: of one prefill pass, padding included; a longer prompt goes alone.
+            graphs: on a GPU, steps are captured and replayed.
+        """
+        embedding = decoder.weights.tensors["0.embed.weight"]
+        self.decoder, self.slots, self.tokens, self.prefill_tokens, self.device = decoder, slots, tokens, prefill_tokens, embedding.device
+        shape = decoder.shape
+        self.cache = make_arena(
+            cache_specs(
+                slots=slots, tokens=tokens, layers=shape.layers, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=embedding.dtype
+            ),
+            self.device,
+        )
+        self.cache.map()
+        self.state = Slots.empty(slots, 1, self.device)
+        self.sampling = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_new_tokens=0, stop_ids=stop_ids, pad_id=pad_id)
+        """Only what it says of stopping counts."""
+        self.temperature = torch.zeros(slots + 1, device=self.device)
+        self.top_k = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
+        self.top_p = torch.ones(slots + 1, device=self.device)
+        self.seeds = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
+        self.logits = torch.zeros(slots, shape.vocab, dtype=embedding.dtype, device=self.device)
+        self.steps = Steps(self._decode, slots, graphs=graphs and self.device.type == "cuda")
+        self.waiting: deque[Ticket] = deque()
+        self.active: dict[int, Ticket] = {}
+        """Slot -> what is answered in it. Only the stepping thread touches it."""
+        self.free = list(range(slots))
+        self.changed = threading.Condition()
+
+    # --- from any thread ---
+
+    def submit(self, request: Request, deliver: Deliver) -> Ticket:
+        """
+        Raises:
+            ValueError: the prompt is empty, or prompt and answer do not fit into the cache.
+        """
+        if not request.prompt or request.limit < 1:
+            raise ValueError("a request needs at least one token of a prompt and one of an answer")
+        if len(request.prompt) + request.limit > self.tokens:
+            raise ValueError(f"{len(request.prompt)} tokens of a prompt and {request.limit} of an answer do not fit into {self.tokens}")
+        ticket = Ticket(request, deliver)
+        with self.changed:
+            self.waiting.append(ticket)
+            self.changed.notify_all()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """The answer ends with the next step, and its slot is free. Does nothing to one that has ended."""
+        with self.changed:
+            ticket.cancelled = True
+            self.changed.notify_all()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.active)
+
+    # --- the stepping thread ---
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Lets in what waits, as far as there is room, and draws one token of every answer. False: there was nothing to do."""
+        self._drop_cancelled()
+        taken = self._take()
+        if taken:
+            self._prefill(taken)
+        slots = [slot for slot in self.active if slot not in taken]
+        if slots:
+            width = self._place(slots)
+            self.steps.run(width)
+            self._draw(self.logits[: len(slots)], slots)
+        return bool(taken or slots)
+
+    def fail(self) -> None:
+        """Ends everything that is answered or waits."""
+        with self.changed:
+            waiting, self.waiting = list(self.waiting), deque()
+        for ticket in [*self.active.values(), *waiting]:
+            ticket.deliver(Drawn(None, 0.0, "failed"))
+        for slot in list(self.active):
+            self._release(slot)
+
+    def _drop_cancelled(self) -> None:
+        with self.changed:
+            gone = [ticket for ticket in self.waiting if ticket.cancelled]
+            self.waiting = deque(ticket for ticket in self.waiting if not ticket.cancelled)
+        for slot, ticket in list(self.active.items()):
+            if ticket.cancelled:
+                gone.append(ticket)
+                self._release(slot)
+        for ticket in gone:
+            ticket.deliver(Drawn(None, 0.0, "cancelled"))
+
+    def _take(self) -> dict[int, Ticket]:
+        """Slot -> waiting request of one prefill pass."""
+        taken: dict[int, Ticket] = {}
+        widest = 0
+        with self.changed:
+            while self.waiting and self.free:
+                widest = max(widest, len(self.waiting[0].request.prompt))
+                if taken and widest * (len(taken) + 1) > self.prefill_tokens:
+                    break
+                taken[self.free.pop(0)] = self.waiting.popleft()
+        return taken
+
+    def _prefill(self, taken: dict[int, Ticket]) -> None:
+        """Reads the prompts and draws the first token of each answer."""
+        self.active |= taken
+        requests = [ticket.request for ticket in taken.values()]
+        lengths = [len(request.prompt) for request in requests]
+        at, sizes, limits, top_k, seeds = upload(
+            [list(taken), lengths, [r.limit for r in requests], [r.top_k for r in requests], [r.seed & 0x7FFFFFFF for r in requests]],
+            self.device,
+        )  # (n,) each
+        ids = upload(pad_sequence([torch.tensor(r.prompt) for r in requests], batch_first=True), self.device)  # (n, P)
+        keys, values = self.cache.tensors["keys"], self.cache.tensors["values"]
+        logits = self.decoder.prefill(ids, sizes, keys, values, at, torch.arange(len(taken), device=self.device))  # (n, V)
+        state = self.state
+        state.lengths[at] = sizes - 1  # drawing counts the token that the logits came from
+        state.counts[at] = 0
+        state.limits[at] = limits
+        state.finished[at] = False
+        self.top_k[at], self.seeds[at] = top_k, seeds
+        self.temperature[at] = torch.tensor([r.temperature for r in requests], device=self.device)
+        self.top_p[at] = torch.tensor([r.top_p for r in requests], device=self.device)
+        self._draw(logits, list(taken))
+
+    def _decode(self, size: int) -> None:
+        rows = self.state.rows[:size]
+        self.logits[:size] = self.decoder.step(self.cache.tensors["keys"], self.cache.tensors["values"], self.state, rows)
+
+    def _place(self, slots: list[int]) -> int:
+        """Makes these slots the first rows of a step, the others idle; returns the size of the step."""
+        width = self.steps.width(len(slots))
+        if self.steps.missing(width):
+            self.state.rows.fill_(self.slots)  # capturing runs a step, which must touch no request
+            self.steps.capture(width)
+        self.state.rows[:width] = upload(slots + [self.slots] * (width - len(slots)), self.device)
+        return width
+
+    def _draw(self, logits: Tensor, slots: list[int]) -> None:  # (B, V)
+        """Draws, keeps and delivers one token of each of these slots."""
+        rows = upload(slots, self.device)
+        if any(self.active[slot].request.temperature > 0 for slot in slots):
+            uniform = uniforms(self.seeds[rows], torch.zeros_like(rows), self.state.counts[rows])
+            tokens, logprobs = choose_each(logits, uniform, self.temperature[rows], self.top_k[rows], self.top_p[rows])
+        else:
+            tokens = logits.argmax(dim=-1)
+            logprobs = logits.float().log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
+        record(tokens, logprobs, self.state, rows, self.sampling)
+        finished = self.state.finished[rows].tolist()
+        for slot, token, logprob, ended in zip(slots, tokens.tolist(), logprobs.tolist(), finished, strict=True):
+            ticket = self.active[slot]
+            end: End | None = None
+            if ended:
+                end = "stop" if token in self.sampling.stop_ids else "length"
+                self._release(slot)
+            ticket.deliver(Drawn(token, logprob, end))
+
+    def _release(self, slot: int) -> None:
+        del self.active[slot]
+        self.free.append(slot)
+
+
+class Worker(threading.Thread):
+    """Runs a service's steps in the background until `close`."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__(name="inference", daemon=True)
+        self.service = service
+        self.closing = False
+        self.error: BaseException | None = None
+        """What ended it, if it was not `close`."""
+
+    def run(self) -> None:
+        service = self.service
+        try:
+            while True:
+                with service.changed:
+                    service.changed.wait_for(lambda: service.busy or self.closing)
+                    if self.closing and not service.busy:
+                        return
+                service.step()
+        except BaseException as error:
+            self.error = error
+            service.fail()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Answers what is on its way, then ends. After `timeout` seconds what is left is cut off."""
+        with self.service.changed:
+            self.closing = True
+            self.service.changed.notify_all()
+        self.join(timeout)
+        if self.is_alive():
+            for ticket in [*self.service.active.values(), *self.service.waiting]:
+                self.service.cancel(ticket)
+            self.join()
