@@ -18,9 +18,9 @@ TARGET = "_target_"
 SETTINGS = "rlhf.settings."
 
 TOP_LEVEL = (
-    "verb", "seed", "run_dir", "resume", "steps", "sweep_metric",
+    "verb", "seed", "run_dir", "resume", "steps", "experiment",
     "data", "trainer", "launcher", "logger", "callbacks", "hardware", "plan",
-    "actor", "critic", "ref", "reward", "sft", "rm", "dpo", "ppo", "rollout", "tp", "evaluation", "bench", "report",
+    "actor", "critic", "ref", "reward", "sft", "rm", "dpo", "ppo", "rollout", "tp", "evaluation", "bench", "report", "checkpoint", "chat",
 )  # fmt: skip
 """Every key that a verb or a sweep may have at the top: another one would be read by nobody."""
 LARGEST_SEED = 2**32 - 1
@@ -152,8 +152,8 @@ def check(cfg: Any) -> None:
         UserError: names the keys that do not go together.
     """
     _check_names(cfg)
-    if cfg.verb == "report":
-        return  # it has none of the sections below
+    if cfg.verb in ("report", "chat"):
+        return  # they have none of the sections below
     _check_top(cfg)
     _check_launcher(cfg)
     _check_batches(cfg)

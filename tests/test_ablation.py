@@ -24,6 +24,7 @@ FOLDER = ROOT / "experiments" / "ablation_details"
 sys.path.insert(0, str(FOLDER))
 
 import cells as cell_list  # noqa: E402
+import record  # noqa: E402
 import report  # noqa: E402
 import run as runner  # noqa: E402
 
@@ -146,7 +147,18 @@ def write(folder: Path, summary: dict[str, Any]) -> None:
 def test_a_sitting_keeps_results_and_the_next_one_does_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakePipeline({"dschat": "Collapsed: iteration 3: actor/entropy = 0", "corrected4": "RuntimeError: no space"})
     monkeypatch.setattr(runner, "pipeline", fake)
-    words = ["--out", str(tmp_path), "--jobs", "2", "--seeds", "0,1", "--cells", "corrected,dschat,corrected4"]
+    words = [
+        "--out",
+        str(tmp_path),
+        "--record",
+        str(tmp_path / "runs.csv"),
+        "--jobs",
+        "2",
+        "--seeds",
+        "0,1",
+        "--cells",
+        "corrected,dschat,corrected4",
+    ]
     assert runner.main(words) == 1
     assert [call[0] for call in fake.calls].count("sft,reward") == 2, "once a seed"
     statuses = {path.parts[-3]: json.loads(path.read_text())["status"] for path in tmp_path.glob("runs/*/seed-1/summary.json")}
@@ -163,17 +175,43 @@ def test_a_sitting_keeps_results_and_the_next_one_does_the_rest(tmp_path: Path, 
 def test_nothing_is_started_when_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakePipeline({})
     monkeypatch.setattr(runner, "pipeline", fake)
-    assert runner.main(["--out", str(tmp_path), "--seeds", "0", "--cells", "corrected", "--hours", "0"]) == 3
+    assert (
+        runner.main(
+            ["--out", str(tmp_path), "--record", str(tmp_path / "runs.csv"), "--seeds", "0", "--cells", "corrected", "--hours", "0"]
+        )
+        == 3
+    )
     assert [call[0] for call in fake.calls] == ["sft,reward"]
 
 
 def test_a_result_of_another_cell_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(runner, "pipeline", FakePipeline({}))
     write(tmp_path / "runs" / "corrected" / "seed-0", {"status": "done", "overrides": ["ppo=corrected", "ppo.iterations=1"]})
-    assert runner.main(["--out", str(tmp_path), "--seeds", "0", "--cells", "corrected"]) == 2
+    assert runner.main(["--out", str(tmp_path), "--record", str(tmp_path / "runs.csv"), "--seeds", "0", "--cells", "corrected"]) == 2
     assert "ppo.iterations=1" in capsys.readouterr().err
-    assert runner.main(["--out", str(tmp_path), "--cells", "corected"]) == 2
+    assert runner.main(["--out", str(tmp_path), "--record", str(tmp_path / "runs.csv"), "--cells", "corected"]) == 2
     assert "no such cell: corected" in capsys.readouterr().err
+
+
+def test_runs_of_an_earlier_sitting_are_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """runs.csv knows them, wherever their folders are."""
+    monkeypatch.setattr(runner, "pipeline", FakePipeline({}))
+    known = tmp_path / "known.csv"
+    line = {name: 0.5 for name in (*record.METRICS, *record.CURVES, "wall_seconds")} | {
+        "status": "done",
+        "commit": "abc",
+        "torch": "",
+        "error": "",
+    }
+    for overrides, code in ((" ".join(CELLS["corrected"].overrides), 0), ("ppo=corrected", 2)):
+        record.write({"corrected": {0: line | {"cell": "corrected", "seed": 0, "overrides": overrides}}}, CELLS, known)
+        words = ["--out", str(tmp_path / "out"), "--record", str(known), "--seeds", "0,1", "--cells", "corrected", "--list"]
+        assert runner.main(words) == code
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["1 of 2 runs are left", "corrected seed 1"]
+    assert err.startswith("error: runs.csv, seed 0: corrected was run with ppo=corrected, which is not what it is now")
 
 
 def test_a_process_gets_one_thread_and_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +243,7 @@ def results(out: Path, golds: dict[str, list[float | None]]) -> list[report.Row]
             write(cell_list.run_folder(out, name, seed), summary(gold))
             rows = "step,critic/clip_fraction\n1,0.25\n2,0.75\n3,\n"
             (cell_list.run_folder(out, name, seed) / "metrics.csv").write_text(rows)
-    return report.table(CELLS, report.read_runs(out))
+    return report.table(CELLS, record.read_out(out))
 
 
 GOLDS: dict[str, list[float | None]] = {
@@ -266,6 +304,19 @@ def test_the_table_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert report.markdown(again) == report.markdown(rows) == (tmp_path / "to" / "table.md").read_text()
     with (tmp_path / "to" / "table.csv").open(newline="") as f:
         assert next(csv.DictReader(f))["cell"] == "corrected"
+
+
+def test_sittings_add_up(tmp_path: Path) -> None:
+    first, second, to = tmp_path / "first", tmp_path / "second", tmp_path / "to"
+    results(first, {"corrected": [0.70, 0.72], "dschat4": [None, 0.3]})
+    assert report.main(["--out", str(first), "--to", str(to)]) == 0
+    results(second, {"corrected": [0.71], "corrected-greedy": [0.5, 0.6]})
+    assert report.main(["--out", str(second), "--to", str(to)]) == 0
+    runs = record.read(to / "runs.csv")
+    assert [runs["corrected"][seed]["gold"] for seed in (0, 1)] == [0.71, 0.72], "run again, the new number counts"
+    assert runs["dschat4"][0]["error"] == "Collapsed: iteration 3" and math.isnan(runs["dschat4"][0]["gold"])
+    table = (to / "table.csv").read_text()
+    assert report.main(["--to", str(to)]) == 0 and (to / "table.csv").read_text() == table, "runs.csv says it all"
 
 
 def test_runs_from_different_sft_models_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

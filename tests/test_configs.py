@@ -81,7 +81,7 @@ def refusal(verb: str, *overrides: str) -> str:
 
 def test_every_group_is_in_a_verb_and_every_verb_has_a_file() -> None:
     folders = {path.name for path in CONF.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders == {group_of(key) for keys in CHOICES.values() for key in keys}
+    assert folders == {"sweep", *(group_of(key) for keys in CHOICES.values() for key in keys)}, "sweep goes with -m only"
     own = {f"{verb}_{option.stem}" for verb in VERBS for option in (CONF / verb).glob("*.yaml")}
     files = {path.stem for path in CONF.glob("*.yaml")} - {"base"}
     assert set(VERBS) <= files <= set(VERBS) | own, "an option of a verb's own group may have a file with sections of its own"
@@ -194,6 +194,15 @@ def test_the_groups_above_are_all_there_are() -> None:
     assert options("role") == ["default", "frozen"], "both are in every verb's defaults; no command line chooses them"
 
 
+@pytest.mark.parametrize("name", options("sweep"))
+def test_every_way_to_sweep(name: str) -> None:
+    """The section of a sweep is no part of a job: `-m` adds it."""
+    needed = ["sweep.metric=gold/ppo"] if name == "optuna" else []
+    section = build(composed("sft", *place("sft"), f"+sweep={name}", *needed)["sweep"], "sweep")
+    assert isinstance(section, settings.SweepConfig)
+    assert "sweep" not in composed("sft", *place("sft"))
+
+
 # --- whole runs ----------------------------------------------------------------------------------------------------------------
 
 EXPERIMENTS = {"imdb_scorer": ("reward",), "imdb_sentiment": ("pipeline",)}
@@ -246,6 +255,6 @@ def words_read() -> set[str]:
 
 def test_every_key_is_read_by_somebody() -> None:
     words = words_read()
-    classes = [getattr(settings, name) for name in settings.__all__]
+    classes = [cls for cls in (getattr(settings, name) for name in settings.__all__) if dataclasses.is_dataclass(cls)]
     unread = {f"{cls.__name__}.{f.name}" for cls in classes for f in dataclasses.fields(cls) if f.name not in words}
     assert unread == set(), "a key that nothing reads is an option silently ignored"

@@ -19,8 +19,8 @@ MAX_FUNCTION_LINES = 60
 FLOORS = {
     "types": 0, "config": 0, "logging": 0, "settings": 0,
     "algorithms": 1,
-    "data": 2, "models": 2, "inference": 2, "planning": 2, "reporting": 2,
-    "engines": 3,
+    "data": 2, "models": 2, "inference": 2, "planning": 2, "reporting": 2, "sweeping": 2,
+    "engines": 3, "serving": 3,
     "modules": 4,
     "callbacks": 5,
     "cli": 6,
@@ -32,11 +32,13 @@ ALLOWED_IN = {
     "deepspeed": ("rlhf/engines/",),
     "hydra": ("rlhf/cli/",),
     "transformers": ("rlhf/models/", "rlhf/data/tokenizer.py", "rlhf/engines/"),
+    "submitit": ("rlhf/sweeping/slurm.py",),
+    "optuna": ("rlhf/sweeping/search.py",),
     "lightning": ("rlhf/data/datamodule.py", "rlhf/engines/", "rlhf/modules/", "rlhf/callbacks/", "rlhf/cli/"),
 }
 """Library -> the only paths that import it."""
 
-NO_TORCH = ("rlhf/settings/", "rlhf/config.py", "rlhf/planning/", "rlhf/reporting/")
+NO_TORCH = ("rlhf/settings/", "rlhf/config.py", "rlhf/planning/", "rlhf/reporting/", "rlhf/sweeping/")
 
 
 def room_of(path: str) -> str:
@@ -145,6 +147,9 @@ def test_the_house_stands(path: str) -> None:
         ("rlhf/settings/a.py", "def f():\n    from torch import Tensor", "torch is imported by what must load at once"),
         ("rlhf/config.py", "import torch.nn", "torch is imported by what must load at once"),
         ("rlhf/planning/a.py", "import torch", "torch is imported by what must load at once"),
+        ("rlhf/sweeping/a.py", "import torch", "torch is imported by what must load at once"),
+        ("rlhf/sweeping/a.py", "import optuna", "optuna is imported outside"),
+        ("rlhf/sweeping/a.py", "from rlhf.engines import launcher", "sweeping (floor 2) imports engines (floor 3)"),
         # names and sizes
         ("rlhf/models/utils.py", "", "called utils"),
         ("rlhf/models/utils/lora.py", "", "called utils"),

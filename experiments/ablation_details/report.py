@@ -1,6 +1,6 @@
-"""The table of the ablation from what run.py left: `python report.py --out DIR [--page docs/ppo_details.md]`.
+"""The table of the ablation: `python report.py [--out DIR] [--page docs/ppo_details.md]`.
 
-Writes table.csv, table.md and effects.png, and fills the column `effect measured` of the page. A cell's effect is its gold score less that
+Adds what run.py left in DIR to runs.csv, and writes table.csv, table.md and effects.png, and fills the column `effect measured` of the page. A cell's effect is its gold score less that
 of the cell it was made from, seed by seed: both start from the same SFT and reward model and answer the same prompts. Its interval is the
 2.5th to 97.5th percentile of 10,000 bootstrap means over seeds. With five seeds such an interval is too narrow by about a third, so the table
 also says whether Student's interval of the same differences excludes 0.
@@ -22,59 +22,18 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from cells import Cell, load, read_summary
+from cells import Cell, load
+from record import FILE, Runs, merged, read, read_out, write
 
-DRAWS = 10_000
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""0.975 quantiles of Student's t for 1 to 9 degrees of freedom; the last is kept beyond, which is on the safe side."""
-COLUMNS = {
-    "gold_sft": "gold/sft", "kl": "kl", "length": "length/ppo", "distinct_2": "distinct_2/ppo",
-    "reward": "reward/ppo",
-}  # fmt: skip
-"""Column -> metric of the summary, as a mean over seeds."""
+from rlhf.reporting import statistics
+from rlhf.reporting.statistics import bootstrap, student
+
+MEANS = ("gold_sft", "kl", "length", "distinct_2", "reward")
+"""Columns of a run that the table has as means over seeds."""
 TEXT = ("cell", "from", "set", "by_student_too", "verdict", "commit", "message")
 UNMEASURED = "not measured yet"
 
 Row = dict[str, Any]
-Runs = dict[str, dict[int, dict[str, Any]]]
-"""Cell -> seed -> summary, with `value_clipped` and `ratio_clipped` (means over the run)."""
-
-
-def read_runs(out: Path) -> Runs:
-    runs: Runs = {}
-    for file in sorted(out.glob("runs/*/seed-*/summary.json")):
-        summary = read_summary(file.parent)
-        assert summary is not None
-        summary["value_clipped"] = mean_of_column(file.with_name("metrics.csv"), "critic/clip_fraction")
-        summary["ratio_clipped"] = mean_of_column(file.with_name("metrics.csv"), "actor/clip_fraction")
-        runs.setdefault(file.parent.parent.name, {})[int(file.parent.name.removeprefix("seed-"))] = summary
-    return runs
-
-
-def mean_of_column(file: Path, name: str) -> float:
-    """Mean over the rows that have it; nan where none has."""
-    if not file.is_file():
-        return math.nan
-    with file.open(newline="", encoding="utf-8") as f:
-        values = [float(row[name]) for row in csv.DictReader(f) if row.get(name)]
-    return float(np.mean(values)) if values else math.nan
-
-
-def bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile interval of the mean; nan for fewer than two values."""
-    if len(values) < 2:
-        return math.nan, math.nan
-    draws = np.random.default_rng(0).choice(np.asarray(values), size=(DRAWS, len(values)))  # (draws, n)
-    low, high = np.percentile(draws.mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def student(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean by Student's t; nan for fewer than two values."""
-    if len(values) < 2:
-        return math.nan, math.nan
-    half = STUDENT[min(len(values) - 2, len(STUDENT) - 1)] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
 def verdict(low: float, high: float, *, diverged: int, base_diverged: int) -> str:
@@ -83,9 +42,7 @@ def verdict(low: float, high: float, *, diverged: int, base_diverged: int) -> st
         return "diverges"
     if base_diverged:
         return "mends"
-    if math.isnan(low):
-        return "too few seeds"
-    return "helps" if low > 0 else "hurts" if high < 0 else "no difference seen"
+    return statistics.verdict(low, high)
 
 
 def table(cells: Mapping[str, Cell], runs: Runs) -> list[Row]:
@@ -95,28 +52,27 @@ def table(cells: Mapping[str, Cell], runs: Runs) -> list[Row]:
 
 def row(cell: Cell, runs: Runs) -> Row:
     mine = runs[cell.name]
-    done = {seed: summary["metrics"] for seed, summary in mine.items() if summary["status"] == "done"}
-    diverged = sum(summary["status"] == "diverged" for summary in mine.values())
-    gold = [metrics["gold/ppo"] for metrics in done.values()]
+    done = {seed: run for seed, run in mine.items() if run["status"] == "done"}
+    diverged = sum(run["status"] == "diverged" for run in mine.values())
+    gold = [run["gold"] for run in done.values()]
     base = runs.get(cell.base or "", {})
     base_diverged = sum(base[seed]["status"] == "diverged" for seed in mine if seed in base)
     both = [seed for seed in done if seed in base and base[seed]["status"] == "done"]
-    differences = [done[seed]["gold/ppo"] - base[seed]["metrics"]["gold/ppo"] for seed in both]
+    differences = [done[seed]["gold"] - base[seed]["gold"] for seed in both]
     low, high = bootstrap(gold)
     diff_low, diff_high = bootstrap(differences)
     t_low, t_high = student(differences)
     judged = verdict(diff_low, diff_high, diverged=diverged, base_diverged=base_diverged) if cell.base else "base"
-    means = {column: mean([metrics[name] for metrics in done.values() if name in metrics]) for column, name in COLUMNS.items()}
     return {
         "cell": cell.name, "from": cell.base or "", "set": " ".join(cell.flips), "n": len(gold), "diverged": diverged,
         "gold": mean(gold), "gold_sd": float(np.std(gold, ddof=1)) if len(gold) > 1 else math.nan, "gold_low": low, "gold_high": high,
-        "below_sft": sum(metrics["gold/ppo"] < metrics["gold/sft"] for metrics in done.values()), "pairs": len(differences), "diff": mean(differences), "diff_low": diff_low, "diff_high": diff_high,
-        "by_student_too": "yes" if t_low > 0 or t_high < 0 else "no", "verdict": judged, **means,
-        "value_clipped": mean([s["value_clipped"] for s in mine.values() if not math.isnan(s["value_clipped"])]),
-        "ratio_clipped": mean([s["ratio_clipped"] for s in mine.values() if not math.isnan(s["ratio_clipped"])]),
-        "seconds": mean([s["wall_seconds"] for s in mine.values()]),
-        "commit": " ".join(sorted({str(s.get("commit")) for s in mine.values()})),
-        "message": next((s["error"] for s in mine.values() if s["status"] == "diverged"), ""),
+        "below_sft": sum(run["gold"] < run["gold_sft"] for run in done.values()), "pairs": len(differences), "diff": mean(differences), "diff_low": diff_low, "diff_high": diff_high,
+        "by_student_too": "yes" if t_low > 0 or t_high < 0 else "no", "verdict": judged, **{name: mean([run[name] for run in done.values()]) for name in MEANS},
+        "value_clipped": mean([run["value_clipped"] for run in mine.values()]),
+        "ratio_clipped": mean([run["ratio_clipped"] for run in mine.values()]),
+        "seconds": mean([run["wall_seconds"] for run in mine.values()]),
+        "commit": " ".join(sorted({run["commit"] for run in mine.values()})),
+        "message": next((run["error"] for run in mine.values() if run["status"] == "diverged"), ""),
     }  # fmt: skip
 
 
@@ -124,14 +80,16 @@ def mixed_seeds(runs: Runs) -> list[int]:
     """Seeds whose cells did not start from the same SFT model: its gold score differs, so that differences compare more than the cells."""
     seen: dict[int, set[float]] = {}
     for by_seed in runs.values():
-        for seed, summary in by_seed.items():
-            if "gold/sft" in summary["metrics"]:
-                seen.setdefault(seed, set()).add(round(summary["metrics"]["gold/sft"], 9))
+        for seed, run in by_seed.items():
+            if run["status"] == "done":
+                seen.setdefault(seed, set()).add(round(run["gold_sft"], 6))
     return sorted(seed for seed, scores in seen.items() if len(scores) > 1)
 
 
 def mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else math.nan
+    """Of those that there are; nan for none."""
+    there = [value for value in values if not math.isnan(value)]
+    return float(np.mean(there)) if there else math.nan
 
 
 # --- files -------------------------------------------------------------------------------------------------------------------
@@ -249,21 +207,22 @@ def filled(page: str, rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=None, help="folder of the results, run.py's --out; without it table.csv is read")
+    parser.add_argument("--out", type=Path, default=None, help="folder of new results, run.py's --out; without it runs.csv is all there is")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="folder of the table")
     parser.add_argument("--page", type=Path, default=None, help="page whose column is filled")
     options = parser.parse_args(argv)
-    runs = read_runs(options.out) if options.out is not None else {}
+    record = options.to / FILE.name
+    runs = read(record) if options.out is None else merged(read(record), read_out(options.out))
     if mixed_seeds(runs):
         print(f"error: seeds {mixed_seeds(runs)} hold runs from different SFT models: run them again into one --out", file=sys.stderr)
         return 2
-    rows = table(load(), runs) if options.out is not None else read_csv(options.to / "table.csv")
+    rows = table(load(), runs)
     if not rows:
-        print(f"error: {options.out} holds no results", file=sys.stderr)
+        print(f"error: {options.out or record} holds no results", file=sys.stderr)
         return 2
     options.to.mkdir(parents=True, exist_ok=True)
-    if options.out is not None:
-        write_csv(rows, options.to / "table.csv")
+    write(runs, load(), record)
+    write_csv(rows, options.to / "table.csv")
     (options.to / "table.md").write_text(markdown(rows), encoding="utf-8")
     figure(rows, options.to / "effects.png")
     if options.page is not None:

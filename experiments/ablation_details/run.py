@@ -1,4 +1,4 @@
-"""Runs the ablation: `python run.py --out DIR --jobs N`. Cells that are done are skipped, so that the table grows over several sittings.
+"""Runs the ablation: `python run.py --out DIR --jobs N`. Runs that DIR or runs.csv has are skipped, so that the table grows over sittings.
 
 SFT and reward model are trained once a seed and shared by all cells. A run is one process with one thread, PPO and its evaluation in it.
 What a run leaves: runs/CELL/seed-S/summary.json and metrics.csv. Its weights are deleted.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cell, chosen, load, read_summary, run_folder
+from record import FILE, Runs, read
 
 ROOT = Path(__file__).resolve().parents[2]
 THREAD = ("trainer=cpu", "trainer.threads=1")
@@ -107,22 +108,27 @@ def keep(work: Path, folder: Path, summary: dict[str, Any]) -> None:
     shutil.rmtree(work)
 
 
-def is_done(out: Path, cell: Cell, seed: int) -> bool:
+def is_done(out: Path, cell: Cell, seed: int, recorded: Runs) -> bool:
     """
     Raises:
         ValueError: the run there had other overrides.
     """
     folder = run_folder(out, cell.name, seed)
-    summary = read_summary(folder)
-    if summary is not None and summary["overrides"] != list(cell.overrides):
-        was = " ".join(summary["overrides"])
-        raise ValueError(f"{folder} was run with {was}, which is not what {cell.name} is now: delete it or choose another --out")
-    return summary is not None
+    summary, line = read_summary(folder), recorded.get(cell.name, {}).get(seed)
+    was = {} if summary is None else {str(folder): " ".join(summary["overrides"])}
+    was |= {} if line is None else {f"runs.csv, seed {seed}": line["overrides"]}
+    for where, overrides in was.items():
+        if overrides != " ".join(cell.overrides):
+            raise ValueError(
+                f"{where}: {cell.name} was run with {overrides}, which is not what it is now: delete it, or choose another --out or --record"
+            )
+    return bool(was)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--record", type=Path, default=FILE, help="runs that are known already")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--cells", default="", help="names with commas between; all without")
@@ -137,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     out, seeds = options.out.resolve(), [int(seed) for seed in options.seeds.split(",")]
     try:
         cells = chosen(load(), [name for name in options.cells.split(",") if name])
-        left = [(cell, seed) for cell in cells for seed in seeds if not is_done(out, cell, seed)]
+        recorded = read(options.record)
+        left = [(cell, seed) for cell in cells for seed in seeds if not is_done(out, cell, seed, recorded)]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
-"""Answers to look at while PPO runs: `samples.jsonl`, and a table in W&B.
+"""Answers to look at while PPO runs: `samples.jsonl`, and a growing table where a logger shows one.
 
-Knows what a rollout looks like; knows no loss.
+Knows what a rollout looks like; knows no loss and no logger.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from rlhf.callbacks.run_log import run_logs
 from rlhf.modules.base import RoleModule
 from rlhf.types import PromptBatch
 
@@ -38,16 +38,21 @@ class Samples(Callback):
             or (pl_module.iteration - 1) % self.every
         ):
             return
-        rollout = batch.rollout.rows(slice(0, self.rows))
-        answers = self.decode(rollout.ids[:, rollout.prompt_length :])
-        table = [
-            {"step": pl_module.iteration, "prompt": prompt, "answer": answer, "ended": ended, "length": length}
-            for prompt, answer, ended, length in zip(
-                batch.texts[: self.rows], answers, rollout.ended.tolist(), rollout.lengths.tolist(), strict=False
-            )
-        ]
+        rows = self._table(pl_module, batch)
         with self.file.open("a", encoding="utf-8") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_table("samples", columns=list(table[0]), data=[list(row.values()) for row in table], step=pl_module.iteration)
+            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for logger in run_logs(trainer.loggers):
+            logger.log_rows("samples", rows, pl_module.iteration)
+
+    def _table(self, module: RoleModule, batch: PromptBatch) -> list[dict[str, Any]]:
+        assert batch.rollout is not None
+        rollout = batch.rollout.rows(slice(0, self.rows))
+        columns: dict[str, list[Any]] = {
+            "prompt": batch.texts[: self.rows],
+            "answer": self.decode(rollout.ids[:, rollout.prompt_length :]),
+            "ended": rollout.ended.tolist(),
+            "length": rollout.lengths.tolist(),
+        }
+        if module.scores is not None:
+            columns["reward"] = module.scores[: self.rows].tolist()
+        return [{"step": module.iteration, **dict(zip(columns, cells, strict=True))} for cells in zip(*columns.values(), strict=False)]

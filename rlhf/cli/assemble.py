@@ -15,17 +15,19 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 
 from rlhf.callbacks.checkpoint import Checkpoint
-from rlhf.callbacks.csv_log import MetricsFile
 from rlhf.callbacks.evaluation import Evaluate
 from rlhf.callbacks.export import Export
 from rlhf.callbacks.metrics import WriteMetrics
 from rlhf.callbacks.rollout import RolloutCallback
+from rlhf.callbacks.run_log import told
 from rlhf.callbacks.start import Start
+from rlhf.callbacks.wandb_log import WandbLog
+from rlhf.cli import rundir
 from rlhf.cli.errors import Interrupted
+from rlhf.cli.loggers import build_loggers, with_context
+from rlhf.cli.wandb_settings import require_key
 from rlhf.config import UserError, locate, nearest
 from rlhf.data.datamodule import RLHFData
 from rlhf.data.phases import sft_corpus
@@ -40,6 +42,7 @@ from rlhf.models.source import find_export, network_config, weights_folder
 from rlhf.modules.base import RoleModule
 from rlhf.settings import OptimizerConfig, RoleConfig, SchedulerConfig, ZeroConfig
 
+ROLES = ("actor", "critic", "ref", "reward")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,6 +51,7 @@ class Job:
 
     def __init__(self, config: Mapping[str, Any], cfg: Any) -> None:
         check_targets(config)
+        require_key(config)
         self.config = config
         self.cfg = cfg
         self.run_dir = Path(cfg.run_dir)
@@ -172,7 +176,7 @@ class Job:
         """Trains for `total` iterations and returns the summary's metrics and seconds."""
         resume_from = self.resume_from()
         if resume_from is not None:
-            data.start = int(resume_from.name.split("-")[1])
+            data.start = step_of(resume_from)
         write = WriteMetrics(self.cfg.trainer.log_every)
         held_out = data.val_dataloader() if module.judges_batches else []
         evaluate = [Evaluate(loader, every=self.cfg.trainer.eval_every) for loader in held_out]
@@ -185,15 +189,22 @@ class Job:
             *evaluate, checkpoint, Export(self.run_dir / "export", self._tokenizer),
         ]  # fmt: skip
         trainer = self.trainer(strategy, callbacks, max_steps=total - data.start)
-        trainer.fit(module, datamodule=data)
-        if checkpoint.saved is not None:
-            raise Interrupted(
-                f"stopped at iteration {module.iteration} and saved {checkpoint.saved}; go on with resume=true run_dir={self.run_dir}"
-            )
-        metrics = dict(write.last)
-        for judged in evaluate:
-            metrics |= {f"{name}_before": value for name, value in judged.first.items()} | judged.last
-        return {"metrics": metrics, "seconds": write.seconds, "report": data.report}
+        with told(trainer.loggers) as ending:
+            trainer.fit(module, datamodule=data)
+            if checkpoint.saved is not None:
+                raise Interrupted(
+                    f"stopped at iteration {module.iteration} and saved {checkpoint.saved}; go on with resume=true run_dir={self.run_dir}"
+                )
+            ending.metrics, ending.seconds = dict(write.last), dict(write.seconds)
+            for judged in evaluate:
+                ending.metrics |= {f"{name}_before": value for name, value in judged.first.items()} | judged.last
+            self._log_models(trainer.loggers, ending.metrics)
+        return {"metrics": ending.metrics, "seconds": ending.seconds, "report": data.report}
+
+    def _log_models(self, loggers: list[Any], metrics: Mapping[str, float]) -> None:
+        for logger in loggers:
+            if isinstance(logger, WandbLog):
+                logger.log_models(self.run_dir / "export", {"seed": self.cfg.seed, "commit": rundir.commit(), "metrics": dict(metrics)})
 
     def trainer(self, strategy: RoleStrategy, callbacks: list[L.Callback], *, max_steps: int) -> L.Trainer:
         return L.Trainer(
@@ -204,19 +215,20 @@ class Job:
         )  # fmt: skip
 
     def loggers(self) -> list[Any]:
-        """metrics.csv always; what the logger group adds, on rank zero's say."""
-        loggers: list[Any] = [MetricsFile(self.run_dir)]
-        for node in self.config["logger"].values():
-            logger = instantiate(node)
-            logger.log_hyperparams(dict(self.config))
-            loggers.append(logger)
+        """metrics.csv and those of the logger group. W&B hears which exports the run starts from."""
+        checkpoint = self.resume_from()
+        loggers = build_loggers(self.config, first_step=None if checkpoint is None else step_of(checkpoint) + 1)
+        inits = {role: self.init_folder(role) for role in ROLES if getattr(getattr(self.cfg, role, None), "init", None) is not None}
+        for logger in loggers:
+            if isinstance(logger, WandbLog):
+                logger.use_models({role: folder for role, folder in inits.items() if folder is not None})
         return loggers
 
     def _user_callbacks(self, total: int) -> tuple[list[L.Callback], list[L.Callback]]:
         """The callbacks group: those that measure come before metrics are written, those that show come after."""
         context = {
             "folder": self.run_dir, "decode": self.decode, "tokenizer": self._tokenizer, "title": self.cfg.verb, "total": total,
-            "hardware": self.cfg.hardware,
+            "hardware": self.cfg.hardware, "log_every": self.cfg.trainer.log_every,
         }  # fmt: skip
         early: list[L.Callback] = []
         late: list[L.Callback] = []
@@ -226,19 +238,9 @@ class Job:
         return early, late
 
 
-def with_context(node: Mapping[str, Any], context: Mapping[str, Any]) -> Any:
-    """Builds a `_target_` node, giving its constructor what it asks for by name and the node does not say.
-
-    Raises:
-        UserError: the constructor refuses its arguments.
-    """
-    parameters = inspect.signature(locate(node["_target_"])).parameters
-    try:
-        return instantiate(dict(node), **{k: v for k, v in context.items() if k in parameters and k not in node})
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from error
-        raise
+def step_of(checkpoint: Path) -> int:
+    """Iterations done when it was written."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def check_targets(config: Mapping[str, Any]) -> None:

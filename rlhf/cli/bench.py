@@ -17,6 +17,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
+from rlhf.callbacks.run_log import told
 from rlhf.cli import rundir
 from rlhf.cli.assemble import DTYPES, Job
 from rlhf.cli.bench_page import print_rollout
@@ -220,8 +221,11 @@ def write_report(job: Job, kind: str, content: dict[str, Any]) -> None:
 
 def finish(job: Job, metrics: dict[str, float]) -> dict[str, Any]:
     """The verb's result; the loggers hear it once."""
-    for logger in job.loggers():
-        logger.log_metrics(metrics, 0)
+    loggers = job.loggers()
+    with told(loggers) as ending:
+        ending.metrics = metrics
+        for logger in loggers:
+            logger.log_metrics(metrics, 0)
     return {"metrics": metrics, "seconds": {}, "report": {}}
 
 

@@ -1,4 +1,4 @@
-"""Hydra's side of the command: compose, sweep, and its errors in one clear line.
+"""Hydra's side of the command: compose one job, and Hydra's errors in one clear line. A sweep is `rlhf.cli.sweep`'s.
 
 Knows Hydra; knows no training.
 """
@@ -22,8 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 import rlhf
 from rlhf.config import UserError, nearest
 
-METRIC = "sweep_metric"
-"""Key of a primary config in sweeps/ that names the metric a sweeper optimises."""
+MULTIRUN = ("-m", "--multirun")
+ASKING = ("-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")
+"""Flags that print and run nothing: Hydra answers them, in a sweep as well."""
 
 
 def conf_dir() -> Path:
@@ -33,10 +34,16 @@ def conf_dir() -> Path:
 
 
 def run(verb: str, overrides: list[str]) -> int:
-    """Composes and runs a verb, once or as a sweep; returns the exit code, the worst one of a sweep."""
+    """Composes and runs a verb, once or as a sweep; returns the exit code."""
+    flags = [word.partition("=")[0] for word in overrides]
     try:
         overrides = with_own_group(verb, overrides)
+        if any(flag in MULTIRUN for flag in flags) and not any(flag in ASKING for flag in flags):
+            from rlhf.cli.sweep import run_sweep
+
+            return run_sweep(verb, overrides)
         name = primary_config(verb, overrides)
+        _check_single(overrides)
     except UserError as error:
         return _refuse(str(error))
     sys.argv = [f"rlhf {verb}", *_with_directory(overrides)]
@@ -44,12 +51,18 @@ def run(verb: str, overrides: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     codes: list[int] = []
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(lambda cfg: _job(cfg, codes))()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(lambda cfg: codes.append(_job(cfg)))()
     except UserError as error:
         return _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         return _refuse(explain(error, name))
     return max(codes, default=0)
+
+
+def _check_single(overrides: list[str]) -> None:
+    word = next((word for word in overrides if word.lstrip("+~").partition("=")[0].partition(".")[0] == "sweep"), None)
+    if word is not None:
+        raise UserError(f"{word} says how a sweep is run, and this is none: add -m, or leave it out")
 
 
 def with_own_group(verb: str, words: list[str]) -> list[str]:
@@ -96,30 +109,39 @@ def primary_config(verb: str, overrides: list[str]) -> str:
 
 
 def _with_directory(overrides: list[str]) -> list[str]:
-    """`run_dir=PATH` is Hydra's output directory, of one run or of a sweep."""
-    sweep = any(word in ("-m", "--multirun") for word in overrides)
-    key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
-    return [f"{key}={word.removeprefix('run_dir=')}" if word.startswith("run_dir=") else word for word in overrides]
+    """`run_dir=PATH` is Hydra's output directory."""
+    return [f"hydra.run.dir={word.removeprefix('run_dir=')}" if word.startswith("run_dir=") else word for word in overrides]
 
 
-def _job(cfg: DictConfig, codes: list[int]) -> float | None:
-    """One composed job. Its exit code goes to `codes`: a job that fails leaves the others of a sweep alone."""
+def _job(cfg: DictConfig) -> int:
+    """One composed job; its exit code."""
     from rlhf.cli.job import JobFailed
 
     try:
-        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-        if HydraConfig.get().runtime.choices.get("debug") is not None:
-            config = {key: node for key, node in config.items() if not _is_fragment(node)}
-        summary = _run(config)
-        codes.append(0)
-        return _sweep_value(config, summary)
+        if HydraConfig.get().sweeper.params:
+            raise UserError(f"{HydraConfig.get().job.config_name} is a sweep, as it names values to go through: add -m")
+        _run(resolved(cfg))
     except UserError as error:
-        codes.append(_refuse(str(error)))
+        return _refuse(str(error))
     except OmegaConfBaseException as error:
-        codes.append(_refuse(" ".join(str(error).split())))
+        return _refuse(" ".join(str(error).split()))
     except JobFailed as error:
-        codes.append(error.code)
-    return None
+        return error.code
+    return 0
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The values of a composed job, once HydraConfig is set.
+
+    Raises:
+        OmegaConfBaseException: a value is missing or cannot be resolved.
+    """
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    if HydraConfig.get().runtime.choices.get("debug") is not None:
+        config = {key: node for key, node in config.items() if not _is_fragment(node)}
+    if (experiment := HydraConfig.get().runtime.choices.get("experiment")) is not None:
+        config["experiment"] = experiment  # what a tracker tags the run with
+    return config
 
 
 def _is_fragment(node: Any) -> bool:
@@ -142,6 +164,10 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
         from rlhf.cli.report import run_report
 
         return run_report(config)
+    if config["verb"] == "chat":
+        from rlhf.cli.chat import run_chat
+
+        return run_chat(config)
     from rlhf.cli import rundir
     from rlhf.cli.job import run_job
     from rlhf.cli.pipeline import run_pipeline
@@ -161,15 +187,6 @@ def _check_external() -> None:
         raise UserError("launcher=external, but no RANK is set: start this command with torchrun, or use launcher=local")
     if not any(word.startswith("hydra.run.dir=") for word in HydraConfig.get().overrides.hydra):
         raise UserError("launcher=external needs run_dir=PATH: each rank would make up a directory of its own")
-
-
-def _sweep_value(config: dict[str, Any], summary: dict[str, Any]) -> float | None:
-    metric = config.get(METRIC)
-    if metric is None:
-        return None
-    if metric not in summary["metrics"]:
-        raise UserError(f"{METRIC}={metric} is no metric of this run{nearest(metric, summary['metrics'])}")
-    return float(summary["metrics"][metric])
 
 
 def _changes(overrides: Iterable[str]) -> bool:

@@ -15,9 +15,10 @@ VERBS = {
     "ppo": "step 3: PPO against the reward model",
     "dpo": "the actor from pairs, without a reward model",
     "evaluate": "two policies on the same held-out prompts, reward-model accuracy, perplexity",
+    "chat": "talk to a checkpoint: `chat checkpoint=runs/my-ppo`; chat.serve=true serves it, and a page to compare two and vote",
     "plan": "what fits, how long it takes and what it costs: `plan ppo` (the default), `plan sft`, ...; --json for scripts",
     "bench": "this machine: `bench rollout` and `bench step` time rollouts and PPO, `bench parity` compares, `bench calibrate` measures it",
-    "report": "published, modelled and measured numbers of a folder side by side: `report experiments/table1`",
+    "report": "runs and sweeps compared on one page: `report runs/ppo/my-sweep`; published tables beside model and measurement",
 }
 
 
@@ -25,7 +26,8 @@ def usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
     return (
-        "usage: rlhf <verb> [option of the verb's own group] [key=value ...] [-m for a sweep]\n\n"
+        "usage: rlhf <verb> [option of the verb's own group] [key=value ...]\n"
+        "       rlhf <verb> -m [key=value,value ...] [sweep.jobs=2 ...] for a sweep\n\n"
         f"{verbs}\n\n"
         "rlhf <verb> --help lists the groups of a verb, rlhf <verb> --cfg job prints its configuration.\n"
         "Start with: rlhf pipeline\n"

@@ -11,11 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf.callbacks.run_log import run_logs, told
 from rlhf.cli import rundir
-from rlhf.cli.job import checked, run_job
+from rlhf.cli.evaluate_prompts import read_prompts
+from rlhf.cli.evaluate_rules import require_no_contradiction
+from rlhf.cli.job import JobFailed, checked, run_job
 from rlhf.cli.sections import COMMON, EVALUATE, TRAINING
-from rlhf.cli.summary_page import plot_pipeline, print_pipeline
-from rlhf.config import UserError
+from rlhf.cli.summary_page import ROWS, plot_pipeline, print_pipeline
+from rlhf.cli.wandb_settings import require_key
+from rlhf.config import UserError, build
 from rlhf.logging import log
 
 PARTS = {step: TRAINING[step] for step in ("sft", "reward", "ppo")} | {"evaluate": EVALUATE}
@@ -86,24 +90,74 @@ def run_pipeline(config: Mapping[str, Any]) -> dict[str, Any]:
     if unknown or steps != [step for step in PARTS if step in steps]:
         raise UserError(f"steps={steps} must name some of {', '.join(PARTS)}, in that order")
     checked(config)
+    if "evaluate" in steps:  # before hours of training, rather than after
+        require_no_contradiction(build(step_config(config, "evaluate")))
+        if config["evaluation"]["fixed_prompts"] is not None:
+            read_prompts(config["evaluation"]["fixed_prompts"])
+    require_key(config)
     run_dir = Path(config["run_dir"])
     rundir.claim(run_dir, config)
     start = time.perf_counter()
     summaries: dict[str, dict[str, Any]] = {}
-    for step in steps:
-        summaries[step] = _run_step(step_config(config, step))
-        log.info("%s done in %.0f s", step, summaries[step]["seconds"].get("total", 0.0))
+    try:
+        for step in steps:
+            summaries[step] = _run_step(step_config(config, step))
+            log.info("%s done in %.0f s", step, summaries[step]["seconds"].get("total", 0.0))
+    except (UserError, JobFailed) as error:
+        _end(config, summaries, time.perf_counter() - start, **_reason(config, steps[len(summaries)], error, begun=bool(summaries)))
+        raise
+    return _end(config, summaries, time.perf_counter() - start, status="done")
+
+
+def _reason(config: Mapping[str, Any], step: str, error: Exception, *, begun: bool) -> dict[str, str]:
+    """Status and error of the whole from those of the step that ended otherwise than done. Only a first step may leave the directory free."""
+    said = rundir.read_summary(Path(config["run_dir"]) / step) or {}
+    text = f"{type(error).__name__}: {error}" if isinstance(error, UserError) else said.get("error", f"RuntimeError: {error}")
+    kind, _, message = text.partition(": ")
+    refused = isinstance(error, UserError) or said.get("status") == "refused"
+    return {"status": "refused" if refused and not begun else "failed", "error": f"{kind}: {step}: {message}"}
+
+
+def _end(config: Mapping[str, Any], summaries: Mapping[str, dict[str, Any]], total: float, **ended: str) -> dict[str, Any]:
+    """Writes the summary of the whole from those of its steps; one that is done is also drawn and printed."""
+    run_dir, names = Path(config["run_dir"]), config["evaluation"]["names"]
     metrics: dict[str, float] = {}
-    seconds: dict[str, float] = {"total": time.perf_counter() - start}
+    seconds: dict[str, float] = {"total": total}
     for step, summary in summaries.items():
         metrics |= summary["metrics"]
         seconds[step] = summary["seconds"].get("total", 0.0)
         seconds |= {f"{step}/{phase}": value for phase, value in summary["seconds"].items() if phase != "total"}
-    done = rundir.write_summary(config, "done", metrics=metrics, seconds=seconds)
+    whole = rundir.write_summary(config, **ended, metrics=metrics, seconds=seconds)
+    plot = plot_pipeline(run_dir, names) if ended["status"] == "done" else None
+    _log(config, whole, plot)
+    if ended["status"] == "done":
+        print_pipeline(run_dir, metrics, seconds, names, plot)
+    return whole
+
+
+def _log(config: Mapping[str, Any], whole: Mapping[str, Any], plot: Path | None) -> None:
+    """The pipeline as a run of its own, beside those of its steps: its config and final numbers, the table and the curves."""
+    if not config["logger"]:
+        return
+    from rlhf.cli.loggers import added_loggers
+
     names = config["evaluation"]["names"]
-    plot = plot_pipeline(run_dir, names)
-    print_pipeline(run_dir, metrics, seconds, names, plot)
-    return done
+    loggers = added_loggers(config)
+    with told(loggers) as ending:
+        ending.status, ending.error = whole["status"], whole.get("error")
+        ending.metrics, ending.seconds = whole["metrics"], whole["seconds"]
+        rows = compared(whole["metrics"], names)
+        for logger in run_logs(loggers):
+            if rows:
+                logger.log_rows("comparison", rows, 0)
+            if plot is not None:
+                logger.log_picture("curves", plot)
+
+
+def compared(metrics: Mapping[str, float], names: list[str]) -> list[dict[str, Any]]:
+    """A row for each measure of the two policies."""
+    rows = [{"measure": label, **{name: metrics.get(key.format(name)) for name in names}} for label, key in ROWS.items()]
+    return [row for row in rows if any(row[name] is not None for name in names)]
 
 
 def _run_step(config: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from rlhf.cli.errors import Interrupted, report
 from rlhf.config import UserError, build
 from rlhf.engines.launcher import prepare_rank
 from rlhf.logging import log, quiet_libraries, setup_logging
+from rlhf.sweeping.orphans import end_with_parent
 
 
 def run_rank(config: Mapping[str, Any]) -> None:
@@ -64,6 +65,7 @@ def _is_peer_loss(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     code = main(sys.argv[1])
     sys.stdout.flush()
     sys.stderr.flush()

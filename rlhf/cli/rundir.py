@@ -16,7 +16,7 @@ import yaml
 
 from rlhf.config import UserError
 
-FREE = ("resume", "run_dir", "logger", "callbacks", "hardware", "launcher", "evaluation", "plan")
+FREE = ("resume", "run_dir", "logger", "callbacks", "hardware", "launcher", "evaluation", "plan", "experiment")
 """Top-level keys that a resumed run may change."""
 FREE_TRAINER = ("log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "threads")
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-ROWS = {
-    "gold score": "gold/{}", "reward": "reward/{}", "answer length": "length/{}", "ended by itself": "eos_rate/{}",
-    "distinct-2": "distinct_2/{}", "perplexity under ref": "ref_perplexity/{}",
-}  # fmt: skip
+from rlhf.cli.evaluate_page import ROWS, comparison_table, print_answers
+
+__all__ = ["ROWS", "plot_pipeline", "print_pipeline", "read_columns", "smoothed"]
+
 CURVES = {
     "sft": [("sft/loss", "SFT: loss")],
     "reward": [("reward/train_accuracy", "reward model: accuracy on the batch")],
@@ -25,41 +24,15 @@ SAMPLES = 4
 def print_pipeline(run_dir: Path, metrics: dict[str, float], seconds: dict[str, float], names: list[str], plot: Path | None) -> None:
     """A table of both policies, a few answers, and where everything lies."""
     console = Console()
-    table = Table(title=f"{run_dir.name}: held-out prompts, same sampling")
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    for label, key in ROWS.items():
-        values = [metrics.get(key.format(name)) for name in names]
-        if any(value is not None for value in values):
-            table.add_row(label, *("-" if value is None else f"{value:.3f}" for value in values))
-    if "kl" in metrics:
-        table.add_row("KL to ref, nats an answer", "0.000", f"{metrics['kl']:.3f}")
-    if "reward/accuracy" in metrics:
-        table.add_row("reward model accuracy", f"{metrics['reward/accuracy']:.3f}", "")
-    console.print(table)
+    table = comparison_table(f"{run_dir.name}: held out, same sampling", metrics, names)
+    if table.row_count:
+        console.print(table)
     samples = run_dir / "evaluate" / "samples.jsonl"
     if samples.is_file():
-        _print_samples(console, samples, names)
+        print_answers(console, [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()[:SAMPLES]], names)
     console.print(
         f"{seconds['total']:.0f} s in all; everything is in {run_dir}" + (f", the curves in {plot}" if plot else ""), soft_wrap=True
     )
-
-
-def _print_samples(console: Console, file: Path, names: list[str]) -> None:
-    table = Table(title="answers", show_lines=True)
-    for column in ("prompt", *names):
-        table.add_column(column)
-    for line in file.read_text(encoding="utf-8").splitlines()[:SAMPLES]:
-        row = json.loads(line)
-        cells = [f"{row.get(name, '')}" + (f" [{row[f'gold/{name}']:.2f}]" if f"gold/{name}" in row else "") for name in names]
-        table.add_row(*(_plain(cell) for cell in (row["prompt"], *cells)))
-    console.print(table)
-
-
-def _plain(text: str) -> str:
-    """Brackets in a text are no markup."""
-    return text.replace("[", r"\[")
 
 
 def read_columns(file: Path, names: list[str]) -> dict[str, tuple[list[float], list[float]]]:

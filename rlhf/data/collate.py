@@ -75,6 +75,16 @@ class CollatePairs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CollateSourced:
+    """Rows of pairs that have a `source` -> the batch, and the source of each of its rows."""
+
+    pairs: CollatePairs
+
+    def __call__(self, rows: list[Row]) -> tuple[PairBatch, list[str]]:
+        return self.pairs(rows), [row["source"] for row in rows]
+
+
+@dataclass(frozen=True, kw_only=True)
 class CollatePrompts:
     """Rows `ids`, `text`, `index` -> PromptBatch."""
 

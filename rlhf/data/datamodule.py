@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from rlhf.data.batches import EvalBatches, GlobalBatches
-from rlhf.data.collate import CollatePairs, CollatePrompts, CollateTexts, Padding
+from rlhf.data.collate import CollatePairs, CollatePrompts, CollateSourced, CollateTexts, Padding
 from rlhf.data.phases import phase_rows, ptx_rows
 from rlhf.data.split import Phase
 from rlhf.data.tokenizer import PreTrainedTokenizerBase
@@ -47,6 +47,7 @@ class RLHFData(L.LightningDataModule):
         loss_on: Literal["answer", "all"] = "answer",
         eval_batches: int | None = None,
         group_lengths: bool = True,
+        with_sources: bool = False,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -58,12 +59,13 @@ class RLHFData(L.LightningDataModule):
             loss_on: for the sft step.
             eval_batches: batches of the validation loader at most; None: all.
             group_lengths: rows of similar length share a batch.
+            with_sources: a batch of pairs comes with the sources of its rows.
             rank, world: used until a trainer is attached.
         """
         super().__init__()
         self.settings, self.tokenizer, self.phase = data, tokenizer, phase
         self.batch_size, self.epochs, self.steps, self.order_seed = batch_size, epochs, steps, seed
-        self.loss_on, self.eval_batches, self.group_lengths = loss_on, eval_batches, group_lengths
+        self.loss_on, self.eval_batches, self.group_lengths, self.with_sources = loss_on, eval_batches, group_lengths, with_sources
         self.batch_key = batch_key or BATCH_KEYS[phase]
         self.rank, self.world = rank, world
         self.start = 0
@@ -121,7 +123,7 @@ class RLHFData(L.LightningDataModule):
             rows, _ = self._one_first(lambda: phase_rows(self.settings, self.tokenizer, wanted, "eval"))
         return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
-    def collate(self, phase: Phase | None = None) -> CollateTexts | CollatePairs | CollatePrompts:
+    def collate(self, phase: Phase | None = None) -> CollateTexts | CollatePairs | CollateSourced | CollatePrompts:
         """What turns rows of a step into its batch, for callers that pick rows themselves."""
         wanted = phase or self.phase
         whole = self.settings.max_prompt_tokens + self.settings.max_answer_tokens
@@ -130,7 +132,10 @@ class RLHFData(L.LightningDataModule):
         padding = Padding(pad_id=self.tokenizer.pad_token_id, bucket=self.settings.length_bucket, limit=limit)
         if wanted == "sft":
             return CollateTexts(padding=padding, loss_on=self.loss_on)
-        return CollatePairs(padding=padding) if wanted == "reward" else CollatePrompts(padding=padding)
+        if wanted == "ppo":
+            return CollatePrompts(padding=padding)
+        pairs = CollatePairs(padding=padding)
+        return CollateSourced(pairs=pairs) if self.with_sources else pairs
 
     def ptx_dataloader(self, batch_size: int) -> DataLoader[TextBatch]:
         """As many batches of plain text as there are training steps; short texts are repeated in a new order.

@@ -31,6 +31,8 @@ are those of chosen, between and rejected; a pair has none between and the ranks
 PROMPT_TOO_LONG, ANSWER_TOO_LONG = "prompt too long", "answer too long"
 IDENTICAL, NO_ANSWER, NO_REJECTED = "identical pair", "no answer", "no rejected answer"
 EMPTY_PROMPT = "empty prompt"
+SOURCE = "source"
+"""A column that is kept as it is, where the examples have it."""
 
 FEW_ROWS = 20_000
 """Up to here tokenising takes a second or two and needs no progress bar."""
@@ -56,7 +58,7 @@ def encode(examples: Dataset, phase: Phase, tokenizer: PreTrainedTokenizerBase, 
 
     Args:
         examples: columns prompt, chosen, rejected; between and ranks, null for pairs; and `opening`: PPO's prompt is so many of the first
-            tokens of `chosen` (0: `prompt`).
+            tokens of `chosen` (0: `prompt`). `source`, if it is there, goes along.
 
     Returns:
         Rows with COLUMNS[phase], in order, and the report: `rows` kept, and how many were dropped for each reason.
@@ -65,7 +67,8 @@ def encode(examples: Dataset, phase: Phase, tokenizer: PreTrainedTokenizerBase, 
         return Dataset.from_dict({name: [] for name in COLUMNS[phase]}, features=COLUMNS[phase]), {"rows": 0}
     encoder: Callable[..., Encoded] = {"sft": _encode_texts, "reward": _encode_pairs, "ppo": _encode_prompts}[phase]
     datasets.disable_progress_bars()
-    features = Features({**COLUMNS[phase], "problem": Value("string")})
+    kept = {SOURCE: Value("string")} if SOURCE in examples.column_names else {}
+    features = Features({**COLUMNS[phase], **kept, "problem": Value("string")})
     convert = functools.partial(_columns, encoder=encoder, names=list(features), tokenizer=tokenizer, limits=limits)
     if len(examples) > FEW_ROWS:
         datasets.enable_progress_bars()
@@ -88,7 +91,7 @@ def _columns(
     batch: Batch, *, encoder: Callable[..., Encoded], names: list[str], tokenizer: PreTrainedTokenizerBase, limits: Limits
 ) -> Batch:
     rows = [{"problem": row} if isinstance(row, str) else row for row in encoder(batch, tokenizer, limits)]
-    return {name: [row.get(name) for row in rows] for name in names}
+    return {name: batch[name] if name == SOURCE else [row.get(name) for row in rows] for name in names}
 
 
 def _encode_texts(batch: Batch, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Encoded:

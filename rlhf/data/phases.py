@@ -16,14 +16,14 @@ from datasets import Dataset, Features, Value
 
 from rlhf.config import UserError
 from rlhf.data.cache import cache_folder, cached
-from rlhf.data.encode import Limits, chunk_texts, encode
+from rlhf.data.encode import SOURCE, Limits, chunk_texts, encode
 from rlhf.data.examples import FEATURES, RANKING, Split, content_hash, examples, identity
 from rlhf.data.sources import Source, resolve
 from rlhf.data.split import PHASES, Phase, blend, divide, generator
 from rlhf.data.tokenizer import PreTrainedTokenizerBase
 from rlhf.settings import DataConfig
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Part of every cache key: raise it whenever the same inputs should give other rows."""
 
 ALL_TO_SFT = [1.0, 0.0, 0.0]
@@ -34,7 +34,8 @@ SEEN = "prompt seen in training"
 
 
 def phase_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, phase: Phase, split: Split) -> tuple[Dataset, dict[str, int]]:
-    """Tokenised rows of one step, from the cache where they are there, and the report of `encode`.
+    """Tokenised rows of one step, from the cache where they are there, and the report of `encode`. Rows of the reward step know the name of
+    their source.
 
     Held-out rows of the ppo step are prompts that no step trains on, not even as a copy in another row.
 
@@ -120,7 +121,8 @@ def _phase_examples(
         dropped.update(reasons)
         part = divide(len(rows), shares, data.split_seed, source.name, content, max_rows=data.max_rows)[phase]
         swap = data.shuffle_preferences and phase == "reward" and split == "train"
-        parts.append(_for_phase(rows.select(part), source, phase, (data.split_seed, source.name) if swap else None))
+        rows = _for_phase(rows.select(part), source, phase, (data.split_seed, source.name) if swap else None)
+        parts.append(rows.add_column(SOURCE, [source.name] * len(rows), feature=Value("string")) if phase == "reward" else rows)
         if phase == "ppo" and split == "eval":
             trained |= _trained_prompts(data, source, shares)
     texts = blend(parts, data.split_seed)

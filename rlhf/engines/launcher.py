@@ -18,8 +18,11 @@ from types import FrameType
 
 from rlhf.config import UserError
 from rlhf.settings import LauncherConfig, TrainerConfig
+from rlhf.sweeping.orphans import child_environment
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+CORES = "RLHF_CORES"
+"""Environment variable: how many cores the ranks of a job share, where it is not all of them."""
 GRACE = 10.0
 """Seconds in which the other ranks may still end by themselves, with a message of their own, once one has failed."""
 
@@ -72,16 +75,17 @@ def run_ranks(config: Path, trainer: TrainerConfig, launcher: LauncherConfig) ->
     """Starts this node's ranks and waits. Returns the exit code: the first one that is not 0.
 
     Ctrl-C is passed on to the ranks, which save and end. When a rank fails the others are stopped: they would wait for it in a
-    collective. However this process ends, TERM included, it leaves no rank behind.
+    collective. However this process ends, KILL included, it leaves no rank behind. Call it from the main thread.
     """
     world, port = trainer.devices, launcher.master_port or free_port()
+    cores = int(os.environ.get(CORES) or len(os.sched_getaffinity(0)))
     command = [sys.executable, "-m", "rlhf.cli.rank", str(config)]
     ranks: list[subprocess.Popen[bytes]] = []
     previous = signal.signal(signal.SIGTERM, _terminated)
     try:
         for rank in range(world):
             environment = rank_environment(rank, world, local_rank=rank, per_node=world, address=launcher.master_addr, port=port)
-            environment |= {"OMP_NUM_THREADS": str(trainer.threads or max(1, (os.cpu_count() or 1) // world))}
+            environment |= {"OMP_NUM_THREADS": str(trainer.threads or max(1, cores // world)), **child_environment()}
             # A session of their own: Ctrl-C in the terminal reaches them once, through us.
             ranks.append(subprocess.Popen(command, env=os.environ | environment, start_new_session=True))
         return _wait(ranks)

@@ -26,6 +26,7 @@ class RoleModule(L.LightningModule):
         iteration: finished iterations, over all resumed parts of the run.
         metrics: what the last iteration measured, by name; callbacks add to it and loggers write it.
         tokens: tokens the last iteration generated or trained on, on this rank, by phase.
+        scores: (B,) what the reward said of each answer of the last iteration, on this rank; None where there are no answers.
     """
 
     trained: ClassVar[tuple[str, ...]] = ()
@@ -43,6 +44,7 @@ class RoleModule(L.LightningModule):
         self.iteration = 0
         self.metrics: dict[str, float] = {}
         self.tokens: dict[str, int] = {}
+        self.scores: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Roles are set by name once they are built; to a type checker they may be anything."""

@@ -1,15 +1,14 @@
 """Judging what was trained, on held-out rows: two policies on the same prompts, the reward model on pairs, perplexity on texts.
 
-Knows the measures; knows no engine and no data set. Roles: `actor` (the policy after), `ref` (before), `reward`; any may be absent.
+Knows what to record of a batch; what the records come to is `rlhf.modules.measures`'. Knows no engine and no data set. Roles: `actor` (the
+policy after), `ref` (before), `reward`, `base` (one that both policies' KL is taken to); any but `actor` may be absent.
 B rows, P prompt tokens, A answer tokens.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,25 +16,34 @@ from torch import Tensor
 from rlhf.algorithms.kl import kl_estimate
 from rlhf.algorithms.logprobs import token_logprobs
 from rlhf.algorithms.losses import comparisons, end_scores, sft_loss
-from rlhf.algorithms.masked import masked_sum
+from rlhf.config import UserError
 from rlhf.engines.generation import RolloutEngine
 from rlhf.models.factory import Blueprint
 from rlhf.modules.base import RoleModule
+from rlhf.modules.measures import Answer, JudgedPrompt, Metrics, ReadText, Records, all_metrics, interleaved
 from rlhf.modules.reward import every_answer
-from rlhf.modules.scorers import Scorer
+from rlhf.modules.scorers import Scorer, is_finite_number, shown
 from rlhf.types import PairBatch, PromptBatch, Rollout, TextBatch
+
+Part = Literal["prompts", "pairs", "texts", "fixed prompts", "fixed pairs"]
+"""What a loader's batches are for. Those of the fixed parts are the same on every rank, so that rank zero's records are all of them."""
+Sourced = tuple[PairBatch, list[str]]
+FIXED_SEED = 500_009
+"""Parts the random stream of fixed prompts from that of held-out ones."""
 
 
 class Comparison(RoleModule):
-    """`names` labels the policies in metrics: `gold/<name>`, `rollout/reward/<name>`, ... The first one is `ref`, the second `actor`."""
+    """`names` labels the policies in metrics: `gold/<name>`, `reward/<name>`, ... The first one is `ref`, the second `actor`."""
 
     def __init__(
         self, blueprints: dict[str, Blueprint], *, names: list[str], gold: Scorer | None, decode: Callable[[Tensor], list[str]],
-        samples: int, seed: int,
+        samples: int, seed: int, parts: Sequence[Part], judges: Sequence[str],
     ) -> None:  # fmt: skip
         """
         Args:
-            samples: answers to each prompt.
+            samples: answers to each held-out prompt; a fixed one has one.
+            parts: of each loader, in order.
+            judges: by which win rates are counted, `reward` and `gold`.
         """
         super().__init__(blueprints)
         self.samples = samples
@@ -43,100 +51,123 @@ class Comparison(RoleModule):
         self.gold = gold
         self.decode = decode
         self.sampling_seed = seed
+        self.parts = parts
+        self.judges = judges
         self.engine: RolloutEngine | None = None
-        self.sums: dict[str, float] = {}
-        self.bigrams: dict[str, list[tuple[int, int]]] = {}
-        self.rows: list[dict[str, Any]] = []
+        self.records = Records()
+        self.fixed = Records()
 
-    def validation_step(self, batch: PromptBatch | PairBatch | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: PromptBatch | Sourced | TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        part = self.parts[dataloader_idx]
+        records = self.fixed if part.startswith("fixed") else self.records
         if isinstance(batch, PromptBatch):
-            self._compare(batch, batch_idx)
-        elif isinstance(batch, PairBatch):
-            self._judge_pairs(batch)
+            fixed = part == "fixed prompts"
+            seed = self.sampling_seed + 7919 * batch_idx + (FIXED_SEED if fixed else 100_003 * self.global_rank)
+            records.add(Records(answers=self._compare(batch, samples=1 if fixed else self.samples, seed=seed, gold=not fixed)))
+        elif isinstance(batch, TextBatch):
+            records.texts += self._read(batch)
         else:
-            for role, name in self.policies.items():
-                nll = sft_loss(getattr(self, role)(batch.ids, batch.mask), batch.ids, batch.loss_mask)
-                self._add({f"nll/{name}": nll.sum(), "nll_tokens": batch.loss_mask[:, 1:].sum() / len(self.policies)})
+            records.judged += self._judge(*batch)
 
-    def _add(self, sums: dict[str, Tensor | float]) -> None:
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+    # --- pairs and texts ---
 
-    def _judge_pairs(self, batch: PairBatch) -> None:
+    def _judge(self, batch: PairBatch, sources: list[str]) -> list[JudgedPrompt]:
         ids, mask, ranks = every_answer(batch)  # (N, T), (N, T), (B, K)
         scores = end_scores(self.reward(ids, mask), mask)  # (N,)
         better, worse, _ = comparisons(ranks)  # (C,) twice
-        chosen, rejected = scores[better], scores[worse]  # (C,)
-        self._add({"pairs": float(len(better)), "right": (chosen > rejected).sum(), "chosen": chosen.sum(), "rejected": rejected.sum()})
+        rows = torch.arange(len(ranks), device=ranks.device).expand(ranks.shape[1], -1)[(ranks >= 0).T]  # (N,) the prompt of each answer
+        margins: list[list[float]] = [[] for _ in sources]
+        for row, margin in zip(rows[better].tolist(), (scores[better] - scores[worse]).tolist(), strict=True):
+            margins[row].append(margin)
+        return [JudgedPrompt(source=source, margins=own) for source, own in zip(sources, margins, strict=True)]
 
-    def _compare(self, batch: PromptBatch, batch_idx: int) -> None:
+    def _read(self, batch: TextBatch) -> list[ReadText]:
+        nll = {
+            name: sft_loss(getattr(self, role)(batch.ids, batch.mask), batch.ids, batch.loss_mask).sum(dim=1).tolist()
+            for role, name in self.policies.items()
+        }
+        tokens = batch.loss_mask[:, 1:].sum(dim=1).tolist()  # (B,)
+        return [ReadText(tokens=count, nll={name: nll[name][i] for name in nll}) for i, count in enumerate(tokens)]
+
+    # --- answers ---
+
+    def _compare(self, batch: PromptBatch, *, samples: int, seed: int, gold: bool) -> dict[str, list[Answer]]:
         """Every policy answers with the same random stream; the training's stream is left as it was."""
         assert self.engine is not None
-        prompts = batch.texts * self.samples  # as the answers come: sample-major
-        rows: list[dict[str, Any]] = [{"prompt": text} for text in prompts]
+        found: dict[str, list[Answer]] = {}
         for role, name in self.policies.items():
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(self.sampling_seed + 7919 * batch_idx + 100_003 * self.global_rank)
-                rollout = self.engine.generate(role, batch, samples=self.samples)
-            answers = self.decode(rollout.ids[:, rollout.prompt_length :])
-            ended = rollout.ended.tolist()
-            self._measure(role, name, rollout, prompts=len(batch))
-            for row, answer in zip(rows, answers, strict=True):
-                row[name] = answer
-            if self.gold is not None:
-                scores = self.gold(prompts, answers, ended)
-                self._add({f"gold/{name}": sum(scores)})
-                for row, score in zip(rows, scores, strict=True):
-                    row[f"gold/{name}"] = score
-        self._add({"prompts": float(len(prompts))})
-        self.rows += rows
+                torch.manual_seed(seed)
+                rollout = self.engine.generate(role, batch, samples=samples)
+            found[name] = self._answers(role, rollout, batch.texts, gold=self.gold if gold else None)
+        return found
 
-    def _measure(self, role: str, name: str, rollout: Rollout, *, prompts: int) -> None:
-        mask, width = rollout.action_mask, rollout.action_mask.shape[1]
-        answers = rollout.ids[:, -width:]  # (B, A)
-        self._add({f"length/{name}": mask.sum(), f"ended/{name}": rollout.ended.sum()})
+    def _answers(self, role: str, rollout: Rollout, texts: list[str], *, gold: Scorer | None) -> list[Answer]:
+        prompts = texts * (len(rollout) // len(texts))  # as the answers come: sample-major
+        answers = self.decode(rollout.ids[:, rollout.prompt_length :])
+        numbers = {key: value.tolist() for key, value in self._measure(role, rollout).items()}
+        if gold is not None:
+            numbers["gold"] = gold_scores(gold, prompts, answers, rollout.ended.tolist())
+        lengths = rollout.lengths.tolist()
+        tokens = rollout.ids[:, rollout.prompt_length :].tolist()
+        return [
+            Answer(
+                prompt=prompt, sample=i // len(texts), text=answers[i], tokens=tokens[i][: lengths[i]],
+                numbers={key: float(values[i]) for key, values in numbers.items()},
+            )
+            for i, prompt in enumerate(prompts)
+        ]  # fmt: skip
+
+    def _measure(self, role: str, rollout: Rollout) -> dict[str, Tensor]:
+        """(B,) each, by the names of `Answer.numbers`."""
+        numbers = {"length": rollout.lengths, "ended": rollout.ended}
         if "reward" in self.blueprints:
-            self._add({f"reward/{name}": end_scores(self.reward(rollout.ids, rollout.mask), rollout.mask).sum()})
-        if "ref" in self.blueprints:
-            ref = token_logprobs(self.ref(rollout.ids, rollout.mask, last=width + 1)[:, :-1], answers)  # (B, A)
-            self._add({f"ref_nll/{name}": -masked_sum(ref, mask)})
-            if role == "actor":
-                own = token_logprobs(self.actor(rollout.ids, rollout.mask, last=width + 1)[:, :-1], answers)
-                self._add({"k1": masked_sum(own - ref, mask), "k3": masked_sum(kl_estimate(own, ref, "k3"), mask)})
-        pairs = self.bigrams.setdefault(name, [])
-        first = slice(prompts)  # one answer to each prompt: the share of different pairs falls with the number of answers
-        for tokens, length in zip(answers[first].tolist(), mask[first].sum(dim=1).tolist(), strict=True):
-            pairs += itertools.pairwise(tokens[:length])
+            numbers["reward"] = end_scores(self.reward(rollout.ids, rollout.mask), rollout.mask)
+        others = {other: name for other, name in (("ref", "kl"), ("base", "kl_base")) if other in self.blueprints}
+        logprobs = {each: self._logprobs(each, rollout) for each in dict.fromkeys([*others, role]) if others}  # (B, A) each
+        if "ref" in others:
+            numbers["ref_nll"] = -logprobs["ref"].sum(dim=1)
+        for other, name in others.items():
+            if other != role:
+                numbers[name] = (logprobs[role] - logprobs[other]).sum(dim=1)
+                numbers[f"{name}_k3"] = kl_estimate(logprobs[role], logprobs[other], "k3").sum(dim=1)
+        return numbers
 
-    def results(self) -> dict[str, float]:
-        """Metrics over all ranks. Collective."""
-        gathered = self.strategy.gather_objects((self.sums, self.bigrams, self.rows))
-        self.rows = [row for _, _, rows in gathered for row in rows]
-        total: dict[str, float] = {}
-        for sums, _, _ in gathered:
-            for key, value in sums.items():
-                total[key] = total.get(key, 0.0) + value
-        metrics: dict[str, float] = {}
-        if total.get("pairs"):
-            metrics["reward/accuracy"] = total["right"] / total["pairs"]
-            metrics["reward/margin"] = (total["chosen"] - total["rejected"]) / total["pairs"]
-        for name in self.policies.values():
-            if total.get("prompts"):
-                metrics |= self._policy_results(name, total, [pair for _, bigrams, _ in gathered for pair in bigrams.get(name, [])])
-            if total.get("nll_tokens"):
-                metrics[f"perplexity/{name}"] = math.exp(min(700.0, total[f"nll/{name}"] / total["nll_tokens"]))
-        if "k1" in total:
-            metrics |= {"kl": total["k1"] / total["prompts"], "kl_k3": total["k3"] / total["prompts"]}
+    def _logprobs(self, role: str, rollout: Rollout) -> Tensor:
+        """(B, A) of the answers' tokens under a policy, 0 on padding."""
+        width = rollout.action_mask.shape[1]
+        logits = getattr(self, role)(rollout.ids, rollout.mask, last=width + 1)[:, :-1]  # (B, A, V)
+        return torch.where(rollout.action_mask, token_logprobs(logits, rollout.ids[:, -width:]), 0)
+
+    # --- results ---
+
+    def results(self) -> Metrics:
+        """Metrics over all ranks, whose records are then those of all of them. Collective."""
+        gathered = self.strategy.gather_objects((self.records, self.fixed))
+        self.records, self.fixed = interleaved([records for records, _ in gathered]), gathered[0][1]
+        metrics = all_metrics(self.records, names=list(self.policies.values()), judges=self.judges)
+        if self.fixed.judged:
+            margins = [margin for prompt in self.fixed.judged for margin in prompt.margins]
+            metrics["fixed/accuracy"] = sum(margin > 0 for margin in margins) / len(margins)
         return metrics
 
-    def _policy_results(self, name: str, total: dict[str, float], bigrams: list[tuple[int, int]]) -> dict[str, float]:
-        prompts, tokens = total["prompts"], max(1.0, total[f"length/{name}"])
-        metrics = {f"length/{name}": total[f"length/{name}"] / prompts, f"eos_rate/{name}": total[f"ended/{name}"] / prompts}
-        for key in ("gold", "reward"):
-            if f"{key}/{name}" in total:
-                metrics[f"{key}/{name}"] = total[f"{key}/{name}"] / prompts
-        if f"ref_nll/{name}" in total:
-            metrics[f"ref_perplexity/{name}"] = math.exp(min(700.0, total[f"ref_nll/{name}"] / tokens))
-        metrics[f"distinct_2/{name}"] = len(set(bigrams)) / max(1, len(bigrams))
-        return metrics
+
+def gold_scores(gold: Scorer, prompts: list[str], answers: list[str], ended: list[bool]) -> list[float]:
+    """One score an answer.
+
+    Raises:
+        UserError: the scorer raises, or returns anything but one finite number for each answer.
+    """
+    try:
+        scores: list[Any] = list(gold(prompts, answers, ended))
+    except Exception as error:
+        raise UserError(f"evaluation.gold raised {type(error).__name__}: {error}, for prompts such as {shown(prompts[0])}") from error
+    if len(scores) != len(answers):
+        raise UserError(f"evaluation.gold returned {len(scores)} scores for {len(answers)} answers: it must return one number for each")
+    for prompt, answer, score in zip(prompts, answers, scores, strict=True):
+        if not is_finite_number(score):
+            raise UserError(
+                f"evaluation.gold returned {score!r} for the prompt {shown(prompt)} and the answer {shown(answer)}: it must be a finite number"
+            )
+    return [float(score) for score in scores]

@@ -100,6 +100,7 @@ class PPO(RoleModule):
         if self.function is not None:
             weight = self.ppo.reward_function_coef
             judged = judged._replace(scores=judged.scores + weight * self.function(list(texts), rollout))
+        self.scores = judged.scores
         tokens, masks = rollout.action_mask, self._masks(rollout)
         shaped = self._shape_scores(judged.scores, rollout)  # (B,)
         rewards = self._rewards(shaped, judged, masks.rewarded)  # (B, A)

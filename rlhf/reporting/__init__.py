@@ -1,1 +1,1 @@
-"""What was published, modelled and measured, side by side: read, checked, written as a table and drawn. Loads no torch."""
+"""What runs and sweeps come to, and what was published, modelled and measured: read, checked, as tables and pages. Loads no torch."""

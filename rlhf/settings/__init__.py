@@ -5,6 +5,7 @@ raises ValueError that begins with the field's name; `rlhf.config.build` puts th
 """
 
 from rlhf.settings.bench import CalibrateBenchConfig, CalibrateSizes, ParityBenchConfig, RolloutBenchConfig, StepBenchConfig
+from rlhf.settings.chat import LOOPBACK, ChatConfig, ReplyConfig, ServerConfig
 from rlhf.settings.data import ChatFormat, DataConfig
 from rlhf.settings.dpo import DPOConfig
 from rlhf.settings.plan import EfficiencyConfig, PlanCheckConfig, PlanConfig
@@ -20,10 +21,13 @@ from rlhf.settings.steps import (
     StepConfig,
     TensorParallelConfig,
 )
+from rlhf.settings.sweep import SearchSweepConfig, SlurmSweepConfig, SweepConfig
 
 __all__ = [
+    "LOOPBACK",
     "CalibrateBenchConfig",
     "CalibrateSizes",
+    "ChatConfig",
     "ChatFormat",
     "DPOConfig",
     "DataConfig",
@@ -39,6 +43,7 @@ __all__ = [
     "ParityBenchConfig",
     "PlanCheckConfig",
     "PlanConfig",
+    "ReplyConfig",
     "ReportConfig",
     "RewardTrainingConfig",
     "RoleConfig",
@@ -46,8 +51,12 @@ __all__ = [
     "RolloutConfig",
     "SFTConfig",
     "SchedulerConfig",
+    "SearchSweepConfig",
+    "ServerConfig",
+    "SlurmSweepConfig",
     "StepBenchConfig",
     "StepConfig",
+    "SweepConfig",
     "TensorParallelConfig",
     "TrainerConfig",
     "ZeroConfig",

@@ -117,6 +117,10 @@ class TensorParallelConfig:
         require_at_least_one(size=self.size)
 
 
+RESERVED_NAMES = ("accuracy", "margin", "calibration_error", "prompt", "fixed")
+"""Policies are not called so: metrics and columns of samples.jsonl are."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Held-out comparison of two policies with the same sampling."""
@@ -131,6 +135,14 @@ class EvaluationConfig:
     """Held-out pairs on which the reward model is judged; 0: none."""
     texts: int
     """Held-out demonstrations on which perplexity is measured; 0: none."""
+    fixed_prompts: str | None
+    """Prompts that both policies answer side by side: `english`, `chinese`, `japanese`, or a file of one's own. None: none."""
+    win_rate: list[str] | None
+    """Judges that say how often the policy after beats the one before, `reward` and `gold`. None: all that there are."""
+    base: str | None
+    """Run directory or folder of a third policy to which the KL of both is measured. None: none."""
+    show: int | None
+    """Answers that the terminal shows below the table. None: neither table nor answers."""
     batch_size: int
     """Rows of one batch, over all ranks."""
     gold: str | None
@@ -143,4 +155,15 @@ class EvaluationConfig:
         for name in ("prompts", "pairs", "texts"):
             require_in(name, getattr(self, name), 0)
         require_at_least_one(batch_size=self.batch_size, samples=self.samples)
+        require(self.show is None or self.show >= 0, f"show must not be negative, got {self.show}")
+        judges = self.win_rate or []
+        require(
+            set(judges) <= {"reward", "gold"} and len(set(judges)) == len(judges),
+            f"win_rate must name reward, gold or both, once each, got {judges}",
+        )
+        require(
+            self.gold is not None or not self.gold_kwargs, f"gold_kwargs are for evaluation.gold, which is null: got {self.gold_kwargs}"
+        )
+        taken = [name for name in self.names if name in RESERVED_NAMES or "/" in name]
+        require(not taken, f"names must be free of '/' and none of {', '.join(RESERVED_NAMES)}, got {self.names}")
         require(len(self.names) == 2 and self.names[0] != self.names[1], f"names must be two different names, got {self.names}")

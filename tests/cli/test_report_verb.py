@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from experiment_folder import RESULTS, folder
+from experiment_folder import RESULTS, folder, run, sweep
 
 from rlhf.cli.main import main
 from rlhf.cli.report import with_runs
@@ -69,10 +69,61 @@ def test_a_folder_with_an_equals_sign_is_a_folder(elsewhere: Path) -> None:
     assert with_runs(["lr=0.2"]) == ["lr=0.2"]
 
 
+def test_names_of_cells_are_taken_as_they_are_typed() -> None:
+    words = [
+        "s",
+        "report.metric=gold/ppo",
+        "report.baseline=a.b=0.05 it's=x,y",
+        "report.out=null",
+        "report.out='x y'",
+        "report.metrics=[kl]",
+    ]
+    assert with_runs(words) == [
+        "report.runs=['s']", "report.metric='gold/ppo'", r"report.baseline='a.b=0.05 it\'s=x,y'", "report.out=null", "report.out='x y'",
+        "report.metrics=[kl]",
+    ]  # fmt: skip
+
+
+def two_weights(place: Path) -> Path:
+    """A sweep of two KL weights on two seeds, one run failed."""
+    sweep(place, [{"ppo.kl_coef": kl, "seed": seed} for kl in (0.1, 0.05) for seed in (0, 1)])
+    for i, gold in enumerate((0.5, 0.6, 0.7, None)):
+        run(place / str(i), gold, seed=i % 2, ppo={"kl_coef": (0.1, 0.05)[i // 2]}, metrics={"kl": 1.0 + i})
+    return place
+
+
+def test_runs_are_compared_on_one_page(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    place = two_weights(elsewhere / "s")
+    (place / "3" / "log.txt").write_text("")
+    assert (
+        main(["report", "s", "report.metric=gold/ppo", "report.baseline=ppo.kl_coef=0.05", "report.metrics=[kl]", "report.out=made/here"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    for text in (
+        "kl_coef=0.1", "kl_coef=0.05, the baseline, is best: gold/ppo 0.700 (1 seed; 1 of its 2 runs is not done)",
+        "s/3 (kl_coef=0.05): failed: RuntimeError: no space left: see s/3/log.txt", "3 of 4 runs are done, 1 failed.", "wrote made/here/report.html",
+    ):  # fmt: skip
+        assert text in out, text
+    assert sorted(path.name for path in (elsewhere / "made" / "here").iterdir()) == [
+        "report.html", "report_effects.png", "report_pareto.png", "table.csv", "table.md",
+    ]  # fmt: skip
+    assert not (place / "report.html").exists()
+
+
+def test_runs_and_published_tables_go_together(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    folder(elsewhere / "t")
+    two_weights(elsewhere / "s")
+    assert main(["report", "t", "s"]) == 0
+    assert (elsewhere / "t" / "plot.png").is_file() and not (elsewhere / "t" / "report.html").exists()
+    assert (elsewhere / "s" / "report.html").is_file() and "wrote s/report.html" in capsys.readouterr().out
+
+
 def test_a_report_imports_no_torch(elsewhere: Path) -> None:
     folder(elsewhere / "a")
+    two_weights(elsewhere / "s")
     code = (
-        "import sys; from rlhf.cli.main import main; code = main(['report', 'a']);"
+        "import sys; from rlhf.cli.main import main; code = main(['report', 'a', 's']);"
         "print('heavy:', sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'lightning', 'transformers', 'deepspeed', 'datasets'}));"
         "sys.exit(code)"
     )
@@ -83,13 +134,29 @@ def test_a_report_imports_no_torch(elsewhere: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "report.runs is empty: name a folder, as in rlhf report experiments/table1"),
+        ((), "report.runs is empty: name a folder, as in rlhf report runs/ppo/my-sweep or rlhf report experiments/table1"),
         (("b",), "report.runs: there is no folder b"),
-        (("empty",), "report.runs: empty has no published.csv; rlhf report reads folders with published.csv, modelled.csv and results.csv"),
+        (("empty",), "report.runs: empty holds no run (no summary.json, config.yaml or sweep.yaml in it or below) and no published.csv"),
+        (("half",), "report.runs: half has no modelled.csv; rlhf report reads folders with published.csv, modelled.csv and results.csv"),
+        (
+            ("s", "report.metric=gold/pp"),
+            "report.metric=gold/pp: no finished run has this metric (did you mean 'gold/ppo'?); there are gold/ppo, kl",
+        ),
+        (
+            ("s", "report.baseline=kl_coef=0.06"),
+            "report.baseline=kl_coef=0.06: no such cell (did you mean 'kl_coef=0.05'?); there are kl_coef=0.1, ",
+        ),
+        (("s", "report.metrics=[kl,kll]"), "report.metrics: no finished run has the metric kll (did you mean 'kl'?)"),
+        (("s", "report.metrics=[kl,kl]"), "report.metrics names a metric twice: ['kl', 'kl']"),
+        (("s", "report.direction=up"), "report.direction: expected"),
+        (("s", "report.out="), "report.out must not be empty; null stands for the default"),
+        (("s", "report.out=s/sweep.yaml"), "report.out=s/sweep.yaml: cannot be written to: File exists"),
+        (("a", "report.baseline=x"), "report.baseline is for runs and sweeps, and a holds published tables"),
+        (("a", "report.direction=lower"), "report.direction is for runs and sweeps, and a holds published tables"),
         (("broken",), "broken/results.csv:4: value must be a number above 0, got 'fast'"),
         (("a", "report.runs=[b]"), "report.runs is a already, the words right after rlhf report"),
         (("a", "a"), "report.runs names a folder twice: ['a', 'a']"),
-        (("a", "run_dir=x"), "run_dir: rlhf report writes into the folders it reads"),
+        (("a", "run_dir=x"), "run_dir: rlhf report leaves no run directory; report.out=PATH says where its page goes"),
         (("a", "trainer=gpu"), "trainer: no such key"),
         (("a", "report.run=b"), "report.run: no such key (did you mean 'report.runs'?)"),
         (("report.runs=a",), "report.runs: expected list, got 'a'"),
@@ -101,6 +168,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     folder(elsewhere / "a")
     folder(elsewhere / "broken", results=RESULTS + "card-a/8/small/hours,fast,hours,c,x,y\n")
     (elsewhere / "empty").mkdir()
+    (folder(elsewhere / "half") / "modelled.csv").unlink()
+    two_weights(elsewhere / "s")
     assert message in refused("report", *words)
     assert not list(elsewhere.rglob("*.png")) and not list(elsewhere.rglob("table.md"))
 

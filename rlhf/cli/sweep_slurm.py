@@ -1,0 +1,57 @@
+"""Cells on a SLURM cluster: what each asks for, and what its tasks run. Knows configs; the cluster is `rlhf.sweeping.slurm`'s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.cli import rundir, sweep_run
+from rlhf.cli.sweep_run import Place
+from rlhf.settings import SlurmSweepConfig
+from rlhf.sweeping.cells import Cell
+from rlhf.sweeping.scheduler import Handle
+from rlhf.sweeping.slurm import Work, executor, still_there, submit
+
+QUEUE = 1000
+"""Cells that wait in the cluster's queue at a time, where sweep.jobs does not say: the cluster has limits of its own."""
+
+
+class Cluster:
+    """Args:
+    directory: of the sweep; scripts and pickles go to `slurm/N` below it.
+    """
+
+    def __init__(self, directory: Path, settings: SlurmSweepConfig) -> None:
+        self.directory, self.settings = directory, settings
+
+    def folder(self, cell: Cell) -> Path:
+        return self.directory / "slurm" / cell.folder
+
+    def submit(self, cell: Cell, config: dict[str, Any], folder: Path) -> Handle:
+        """One node: a task that starts its ranks. Several: a task for each rank, which read the config that is claimed here."""
+        trainer, log = config["trainer"], folder / "log.txt"
+        nodes = trainer["num_nodes"]
+        cluster = executor(
+            self.folder(cell), self.settings, name=f"{self.directory.name}-{cell.folder}", nodes=nodes, devices=trainer["devices"],
+            gpus=trainer["accelerator"] != "cpu",
+        )  # fmt: skip
+        command, stdin = sweep_run.CELL, yaml.safe_dump(config)
+        if nodes > 1:
+            rundir.claim(folder, config)
+            command, stdin = (*command[:2], "rlhf.cli.rank", str(folder / "config.yaml")), ""
+        return submit(cluster, Work(command, stdin, str(log), ranks=nodes > 1), self.settings.executor)
+
+    def attach(self, cell: Cell, folder: Path) -> Handle | None:
+        """The job of an earlier command, which the cluster goes on with whether or not somebody watches."""
+        return still_there(self.folder(cell), folder / "log.txt") if self.settings.executor == "slurm" else None
+
+
+def cluster(directory: Path, settings: SlurmSweepConfig) -> Place:
+    """
+    Raises:
+        UserError: there is no cluster to be found.
+    """
+    executor(directory / "slurm", settings, name="", nodes=1, devices=1, gpus=False)
+    return Place({}, settings.jobs or QUEUE, Cluster(directory.absolute(), settings))

@@ -1,0 +1,53 @@
+"""What a report leaves: report.html, table.csv, table.md and the figures. Knows names of files; each is written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from rlhf.config import UserError
+from rlhf.reporting import figures
+from rlhf.reporting.html import as_html
+from rlhf.reporting.study import Study
+from rlhf.reporting.study_table import as_csv, as_markdown
+
+PAGE, TABLE, MARKDOWN = "report.html", "table.csv", "table.md"
+CURVES, EFFECTS, TRADEOFFS = "report_curves.png", "report_effects.png", "report_pareto.png"
+"""A pipeline has a curves.png of its own in its directory."""
+
+
+def write_study(study: Study, out: Path) -> Study:
+    """Writes all of it into `out`; figures without anything to draw are left out, and those of an earlier report taken away.
+
+    Returns:
+        The study, with a warning for every metrics.csv that cannot be read.
+
+    Raises:
+        UserError: `out` cannot be written to.
+    """
+    found, complaints = figures.panels(study)
+    study = dataclasses.replace(study, warnings=(*study.warnings, *complaints))
+    costs = figures.tradeoffs(study)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out / TABLE, as_csv(study))
+        _write(out / MARKDOWN, as_markdown(study))
+        drawn = {CURVES: bool(found), EFFECTS: bool(figures.effects_of(study)), TRADEOFFS: bool(costs)}
+        if drawn[CURVES]:
+            figures.save_curves(study, found, out / CURVES)
+        if drawn[EFFECTS]:
+            figures.save_effects(study, out / EFFECTS)
+        if drawn[TRADEOFFS]:
+            figures.save_tradeoffs(study, costs, out / TRADEOFFS)
+        for name in (name for name, there in drawn.items() if not there):
+            (out / name).unlink(missing_ok=True)
+        _write(out / PAGE, as_html(study, found, costs, out))
+    except OSError as error:
+        raise UserError(f"report.out={out}: cannot be written to: {error.strerror or error}") from error
+    return study
+
+
+def _write(file: Path, text: str) -> None:
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.rename(file)

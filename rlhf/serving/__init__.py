@@ -1,0 +1,1 @@
+"""Talking to what was trained: conversations as tokens, and a checkpoint that answers many of them at once."""

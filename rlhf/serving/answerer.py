@@ -1,0 +1,172 @@
+"""A checkpoint that answers conversations, many at once, piece by piece.
+
+Knows tokens, text and the service that draws them; knows no terminal and no network.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.config import UserError
+from rlhf.data.tokenizer import encode_prompts
+from rlhf.inference.build import decoder_of
+from rlhf.inference.families import FAMILIES, UnsupportedFamily
+from rlhf.inference.service import Drawn, End, Request, Service, Ticket, Worker
+from rlhf.models.answering import load_policy
+from rlhf.models.source import find_export
+from rlhf.serving.conversation import ChatTemplate, Message, Prompt, TextStream
+from rlhf.settings import ReplyConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LONGEST = 4096
+"""Tokens of a context where neither model nor user says less: the cache is allocated for all of it."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a reply. The last one has an end."""
+
+    text: str
+    end: End | None
+    tokens: int
+    """Drawn so far, the end of the turn among them."""
+
+
+class Speech:
+    """From what is drawn to what is said."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.text, self.tokens = TextStream(tokenizer), 0
+
+    def hear(self, drawn: Drawn) -> Piece:
+        """Its text is empty where a token is no whole letter yet."""
+        text = ""
+        if drawn.token is not None:
+            self.tokens += 1
+            text = self.text.push(drawn.token)
+        return Piece(text if drawn.end is None else text + self.text.rest(), drawn.end, self.tokens)
+
+
+class Reply:
+    """One reply on its way: iterate over its pieces, once."""
+
+    def __init__(self, answerer: Answerer, prompt: Prompt, options: ReplyConfig) -> None:
+        self.prompt, self.answerer = prompt, answerer
+        self.drawn: queue.SimpleQueue[Drawn] = queue.SimpleQueue()
+        self.ticket: Ticket = answerer.submit(prompt.ids, options, self.drawn.put)
+
+    def __iter__(self) -> Iterator[Piece]:
+        speech = Speech(self.answerer.tokenizer)
+        while True:
+            piece = speech.hear(self.drawn.get())
+            yield piece
+            if piece.end is not None:
+                return
+
+    def cancel(self) -> None:
+        self.answerer.worker.service.cancel(self.ticket)
+
+
+class Answerer:
+    """One checkpoint in memory, and the thread that runs it."""
+
+    def __init__(self, checkpoint: str, *, context: int | None, slots: int, device: str, dtype: str) -> None:
+        """
+        Args:
+            checkpoint: a run directory or a folder in HF layout.
+            context: tokens of prompt and answer; None: what the model has positions for, at most `LONGEST`.
+            slots: conversations answered at once.
+
+        Raises:
+            UserError: there is no such checkpoint, or nothing here can run it.
+        """
+        self.folder = _folder(checkpoint)
+        self.device = _device(device)
+        self.dtype = DTYPES.get(dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        model, self.tokenizer = load_policy(self.folder, device=self.device, dtype=self.dtype)
+        self.template = ChatTemplate(self.tokenizer)
+        self.context = _context(model.config, context)
+        try:
+            decoder = decoder_of(model, tokens=self.context)
+        except UnsupportedFamily as error:
+            raise UserError(f"checkpoint={checkpoint} cannot be chatted with: {error}; there are {', '.join(FAMILIES)}") from error
+        self.worker = Worker(
+            Service(
+                decoder, slots=slots, tokens=self.context, stop_ids=_stop_ids(model, self.tokenizer),
+                pad_id=self.tokenizer.pad_token_id or 0, graphs=True,
+            )
+        )  # fmt: skip
+        self.worker.start()
+
+    def room(self, options: ReplyConfig) -> int:
+        """Tokens that are kept free for a reply: what is asked for, but never more than half of the context."""
+        return min(options.max_new_tokens, self.context // 2)
+
+    def prompt(self, messages: list[Message], options: ReplyConfig) -> Prompt:
+        """A conversation as it goes to the model, with room for a whole reply.
+
+        Raises:
+            UserError: the chat format refuses it.
+        """
+        return self.template.fit(messages, self.context - self.room(options))
+
+    def text_ids(self, text: str) -> list[int]:
+        """Plain text to go on from, without a chat format."""
+        return encode_prompts(self.tokenizer, [text])[0]
+
+    def reply(self, messages: list[Message], options: ReplyConfig) -> Reply:
+        """Begins to answer a conversation. Errors as `prompt`."""
+        return Reply(self, self.prompt(messages, options), options)
+
+    def submit(self, ids: tuple[int, ...], options: ReplyConfig, deliver: Any) -> Ticket:
+        """
+        Raises:
+            RuntimeError: the thread has ended.
+            ValueError: it does not fit.
+        """
+        if self.worker.error is not None:
+            raise RuntimeError("the model has stopped answering") from self.worker.error
+        request = Request(
+            prompt=ids, limit=min(options.max_new_tokens, self.context - len(ids)), temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+            seed=random.getrandbits(31) if options.seed is None else options.seed,
+        )  # fmt: skip
+        return self.worker.service.submit(request, deliver)
+
+    def close(self, timeout: float | None = 0.0) -> None:
+        self.worker.close(timeout)
+
+
+def _folder(checkpoint: str) -> Path:
+    try:
+        return find_export(checkpoint, "actor")
+    except UserError as error:
+        raise UserError(f"checkpoint={checkpoint} holds no model: give a run directory or a folder in HF layout") from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("chat.device=cuda, but no CUDA device is visible: use chat.device=cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _context(config: Any, asked: int | None) -> int:
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    window = getattr(config, "sliding_window", None)
+    limits = [limit for limit in (most, window) if limit]
+    if asked is not None and most is not None and asked > most:
+        raise UserError(f"chat.context={asked} is more than the {most} positions of the model: lower it")
+    return asked or min([LONGEST, *limits])
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The end of a turn as the tokenizer has it, and whatever else the model's generation settings name."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    more = named if isinstance(named, list) else [named]
+    return tuple(dict.fromkeys(i for i in (tokenizer.eos_token_id, *more) if i is not None))
