@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from paper_cells import ENGINES, HERE
 from paper_tables import QUANTITIES, SCALED, as_csv, modelled, scale, wanted
 
-from rlhf.cli.report import write_report
+from rlhf.cli.report import write_experiment
 from rlhf.reporting.tables import RESULTS, read_experiment
 
 
@@ -28,7 +28,7 @@ def main(names: Sequence[str]) -> None:
         results = folder / "results.csv"
         if not results.exists():
             results.write_text(",".join(RESULTS) + "\n")
-        write_report(read_experiment(folder))
+        write_experiment(read_experiment(folder))
         print(folder / "README.md")
 
 

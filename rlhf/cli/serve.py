@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +18,9 @@ from rlhf.logging import log
 from rlhf.serving.answerer import Answerer
 from rlhf.serving.judge import Judge
 from rlhf.settings import LOOPBACK
+
+SWITCH = 0.0005
+"""Seconds that the server's thread may hold Python while the model's waits for it. Python's own 5 ms are longer than a step of a small model."""
 
 
 def run_server(cfg: Any) -> None:
@@ -61,6 +65,7 @@ def run_server(cfg: Any) -> None:
         if server.host not in LOOPBACK:
             log.warning("other machines can reach this server, and it does not encrypt: put it behind a proxy with TLS")
         signal.signal(signal.SIGTERM, _end)  # uvicorn raises the signal again once answers on their way have ended
+        sys.setswitchinterval(SWITCH)
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         log.info("stopped")

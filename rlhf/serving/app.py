@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable
 from importlib.resources import files
 from typing import Any
@@ -30,32 +30,60 @@ from rlhf.settings import LOOPBACK, ReplyConfig, ServerConfig
 Endpoint = Callable[[Request], Any]
 
 
+class Mail:
+    """Carries tokens from the threads that draw them to the server's. Those of one step go together: to wake the server for each of them
+    would cost more than to draw them."""
+
+    def __init__(self) -> None:
+        self.letters: deque[tuple[asyncio.Queue[Drawn], Drawn]] = deque()
+        self.on_its_way = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def box(self, heard: asyncio.Queue[Drawn]) -> Callable[[Drawn], None]:
+        """Where the tokens of one answer are to be dropped, from any thread. Called in the server's."""
+        self.loop = asyncio.get_running_loop()
+
+        def drop(drawn: Drawn) -> None:
+            self.letters.append((heard, drawn))
+            if not self.on_its_way and self.loop is not None and not self.loop.is_closed():
+                self.on_its_way = True
+                self.loop.call_soon_threadsafe(self._bring)
+
+        return drop
+
+    def _bring(self) -> None:
+        self.on_its_way = False  # before the first letter: what is dropped from now on calls again
+        while self.letters:
+            heard, drawn = self.letters.popleft()
+            heard.put_nowait(drawn)
+
+
 class Answering:
     """One answer to one client, cut at the texts that stop it. Nothing is asked of the model before somebody listens, and nothing is left
     of it once he goes away."""
 
-    def __init__(self, answerer: Answerer, ids: tuple[int, ...], options: ReplyConfig, stops: list[str], *, turn: bool) -> None:
+    def __init__(self, answerer: Answerer, ids: tuple[int, ...], options: ReplyConfig, stops: list[str], *, mail: Mail, turn: bool) -> None:
         """
         Args:
+            mail: from the thread of the answerer to the server's.
             turn: the answer is a turn of a conversation, so that blanks before its first word are the chat format's.
         """
-        self.answerer, self.ids, self.options, self.stops, self.turn = answerer, ids, options, stops, turn
+        self.answerer, self.ids, self.options, self.stops, self.mail, self.turn = answerer, ids, options, stops, mail, turn
 
     async def pieces(self) -> AsyncGenerator[Piece]:
-        loop, heard = asyncio.get_running_loop(), asyncio.Queue[Drawn]()
-
-        def deliver(drawn: Drawn) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(heard.put_nowait, drawn)
-
+        """What has come since the last piece is one piece: a server that is behind sends fewer, larger ones."""
+        heard = asyncio.Queue[Drawn]()
         speech, held, begun, ended = Speech(self.answerer.tokenizer), "", False, False
         keep = max(map(len, self.stops), default=1) - 1
-        ticket = self.answerer.submit(self.ids, self.options, deliver)
+        ticket = self.answerer.submit(self.ids, self.options, self.mail.box(heard))
         try:
             while not ended:
                 piece = speech.hear(await heard.get())
-                ended = piece.end is not None
                 held += piece.text
+                while not heard.empty():
+                    piece = speech.hear(heard.get_nowait())
+                    held += piece.text
+                ended = piece.end is not None
                 if self.turn and not begun:
                     held = held.lstrip()
                     begun = bool(held)
@@ -80,6 +108,7 @@ class Server:
     ) -> None:
         self.answerers, self.options, self.settings, self.comparisons = answerers, options, settings, comparisons
         self.counts: Counter[str] = Counter()
+        self.mail = Mail()
 
     def app(self) -> Starlette:
         routes = [
@@ -144,7 +173,7 @@ class Server:
             raise Refused(400, said, field="messages", code="context_length_exceeded")
         if answerer.worker.error is not None:
             raise Refused(503, "the model has stopped answering: see the server's log")
-        return Answering(answerer, ids, options, stops, turn=turn)
+        return Answering(answerer, ids, options, stops, mail=self.mail, turn=turn)
 
     # --- answers ---
 

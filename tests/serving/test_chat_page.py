@@ -102,7 +102,7 @@ def test_twenty_votes_by_keyboard_train_a_reward_model(page: str, answerers: dic
     assert len(rows) == 20 and all(row["prompt"] and row["chosen"] != row["rejected"] for row in rows)
     assert [row["choice"] for row in rows] == ["a", "b"] * 10
     words = (
-        "data=votes", f"data.path={tmp_path}/votes.jsonl", "data.max_prompt_tokens=48", "data.max_answer_tokens=48", "model@reward.model=tiny", "rm.batch_size=4", "rm.epochs=1",
+        "data=votes", f"data.path={tmp_path}/votes.jsonl", "data.max_prompt_tokens=48", "data.max_answer_tokens=48", "model@reward.model=tiny", f"reward.init={tmp_path}/reward", "rm.batch_size=4", "rm.epochs=1",
         "trainer.threads=1", f"run_dir={tmp_path}/run",
     )  # fmt: skip
     environment = os.environ | {"RLHF_CACHE": str(tmp_path / "cache")}
