@@ -15,9 +15,9 @@ from rlhf.planning.workload import Role, Workload
 from rlhf.settings import EfficiencyConfig, HardwareConfig
 
 GIGA, TERA, MICRO = 1e9, 1e12, 1e-6
-ADAM_BYTES = {"fused_adam": 70, "adamw": 98}
-"""Bytes a trained parameter that a step moves on the GPU: the norm in fp64 (18), gradients made flat and fp32 (10), clipped (8), state and
-master read and written (28), the 16-bit weight (6); torch's AdamW reads and writes again for each of its operations (estimate)."""
+ADAM_BYTES = {"fused_adam": 42, "adamw": 70}
+"""Bytes a trained parameter that a step must move on the GPU: state read and written, gradients made flat and fp32 (12); torch's AdamW reads
+and writes again for each of its operations (estimate)."""
 HOST_ADAM_BYTES = 30
 """The same on the host: state and gradient read, state and 16-bit weight written."""
 
@@ -126,7 +126,7 @@ class Clock:
         head = net.vocab * net.embed_width
         weights = (net.multiplied + head) * work.element / tp
         live = n * (work.prompt + work.answer / 2) * net.kv_width / tp * net.layers * work.element
-        if rollouts.fast(work):
+        if self.efficiency.pads_heads and rollouts.fast(work):
             live *= padded(net.head_dim) / net.head_dim
         reading = (weights + live * self.efficiency.decode_cache_passes) / self.memory
         products = 2.0 * (net.multiplied + head) / tp * n / (self.rate * self.efficiency.forward)
@@ -186,7 +186,8 @@ class Clock:
         trained = role.trainable / states.sharded(role, work)
         tensors = role.trained_tensors * self.efficiency.optimizer_tensor_us * MICRO
         if not role.zero.offload_optimizer:
-            return work.steps * (tensors + trained * ADAM_BYTES.get(str(role.optimizer), ADAM_BYTES["adamw"]) / self.memory)
+            bytes_each = ADAM_BYTES.get(str(role.optimizer), ADAM_BYTES["adamw"]) + self.efficiency.optimizer_extra_bytes
+            return work.steps * (tensors + trained * bytes_each / self.memory)
         host = trained * work.per_node * HOST_ADAM_BYTES / (self.efficiency.host_adam_gbs * GIGA)
         moved = trained * 2 * work.element / self.host_link
         return work.steps * (tensors + host + moved)

@@ -54,6 +54,10 @@ class EfficiencyConfig:
     """Training: microseconds that the engine's hooks take for each trained tensor in a backward pass."""
     optimizer_tensor_us: float
     """Microseconds of each trained tensor in a step of the optimizer, beside the memory it moves."""
+    optimizer_extra_bytes: float
+    """Bytes a trained parameter that a step moves beside the state: the norm in fp64, clipping."""
+    pads_heads: bool
+    """Decoding: attention works on heads as wide as the next power of two."""
     zero3_tensor_us: float
     """ZeRO-3: microseconds that fetching and releasing takes for each tensor in a pass, however few ranks there are."""
     link: float
@@ -76,15 +80,9 @@ class EfficiencyConfig:
             require(0 < getattr(self, name) <= 1, f"{name} must lie in (0, 1], got {getattr(self, name)}")
         require_in("overlap", self.overlap, 0, 1)
         costs = (
-            "adapter_moves",
-            "decode_layer_us",
-            "eager_layer_us",
-            "gradient_tensor_us",
-            "optimizer_tensor_us",
-            "zero3_tensor_us",
-            "collective_us",
-            "iteration_ms",
-        )
+            "decode_layer_us", "eager_layer_us", "adapter_moves", "gradient_tensor_us", "optimizer_tensor_us", "optimizer_extra_bytes",
+            "zero3_tensor_us", "collective_us", "iteration_ms",
+        )  # fmt: skip
         for name in costs:
             require_in(name, getattr(self, name), 0)
         require_at_least_one(decode_cache_passes=self.decode_cache_passes)  # type: ignore[arg-type]

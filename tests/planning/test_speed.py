@@ -14,7 +14,7 @@ from rlhf.planning.workload import Workload
 
 IDEAL: dict[str, Any] = {
     "training": 1.0, "forward": 1.0, "memory": 1.0, "decode_layer_us": 0.0, "decode_cache_passes": 1.0, "eager_layer_us": 0.0, "adapter_moves": 7.0,
-    "gradient_tensor_us": 0.0, "optimizer_tensor_us": 0.0, "zero3_tensor_us": 0.0, "link": 1.0, "network": 1.0,
+    "gradient_tensor_us": 0.0, "optimizer_tensor_us": 0.0, "optimizer_extra_bytes": 0.0, "pads_heads": False, "zero3_tensor_us": 0.0, "link": 1.0, "network": 1.0,
     "overlap": 0.0, "collective_us": 0.0, "host_link": 1.0, "host_adam_gbs": 30.0, "iteration_ms": 0.0,
 }  # fmt: skip
 HARDWARE = dataclasses.replace(
@@ -115,6 +115,11 @@ def test_zero_3_takes_at_least_the_time_of_its_hooks() -> None:
 
 def test_the_cache_is_read_as_wide_as_the_kernel_works() -> None:
     assert [padded(width) for width in (64, 80, 96, 128)] == [64, 128, 128, 128]
+    work = job("model@actor.model=opt-2.7b")  # heads of 80
+    net = work.roles["actor"].network
+    live = 64 * (256 + 128) * net.kv_width * net.layers * 2
+    wide = Clock(work, HARDWARE, dataclasses.replace(BEST, pads_heads=True))
+    assert wide.decode() - clock(work).decode() == pytest.approx(255 * live * (128 / 80 - 1) / 1e12)
 
 
 def test_the_optimizer_moves_its_state() -> None:
