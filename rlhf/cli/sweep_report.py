@@ -27,8 +27,8 @@ def report_sweep(directory: Path, cells: Sequence[Cell], metric: str | None) -> 
 
     try:
         write_report([directory], directory, metric=metric)
-    except UserError as error:
-        log.warning("there is no report of this sweep: %s", error)
+    except Exception as error:  # the runs are on disk: no reason to end a sweep as failed
+        log.warning("there is no report of this sweep (%s: %s); rlhf report %s says more", type(error).__name__, error, directory)
         return
     log.info("report: %s", directory / "report.html")
     settings = ((rundir.saved_config(done[0]) or {}).get("logger") or {}).get("wandb")

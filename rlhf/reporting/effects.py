@@ -24,6 +24,8 @@ def forest(study: Study, results: Sequence[Result]) -> str:
         ends += [*one.values.values(), *(end for end in (one.low, one.high) if not math.isnan(end))]
     step = nice_step(max(ends) - min(ends))
     low, high = math.floor(min(ends) / step) * step, math.ceil(max(ends) / step) * step
+    if low == high:  # no cell differs from the baseline at all
+        low, high = low - step, high + step
     ticks = [low + i * step for i in range(round((high - low) / step) + 1)]
     rows = "".join(_row(result, metric, digits, (low, high), ticks, colours) for result in results)
     shown = max(0, -math.floor(math.log10(step)))

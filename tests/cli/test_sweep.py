@@ -205,6 +205,13 @@ def command(folder: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(full, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
 
 
+def without_report(directory: Path) -> set[str]:
+    """What lies in a sweep's directory, but for the report that its end makes."""
+    names = {path.name for path in directory.iterdir()}
+    assert {"report.html", "table.csv", "table.md"} <= names
+    return {name for name in names if not name.startswith(("report", "table."))}
+
+
 @pytest.mark.launch
 def test_every_rank_of_a_cell_gets_the_config_of_its_cell(light: Path) -> None:
     """Nine cells of two ranks, three at a time: two ranks of one group with different values have been seen where each read the command line."""
@@ -231,7 +238,7 @@ def test_every_rank_of_a_cell_gets_the_config_of_its_cell(light: Path) -> None:
         with socket.socket() as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.bind(("127.0.0.1", port))
-    assert {path.name for path in light.iterdir()} == {"sweep.yaml", *(cell["folder"] for cell in asked)}
+    assert without_report(light) == {"sweep.yaml", *(cell["folder"] for cell in asked)}
     ours = {"config.yaml", "log.txt", "metrics.csv", "summary.json", "rank-0.jsonl", "rank-1.jsonl"}
     assert all({path.name for path in (light / cell["folder"]).iterdir()} == ours for cell in asked)
 
@@ -283,7 +290,7 @@ def test_killed_in_the_middle_and_gone_on_with_is_as_never_stopped(light: Path, 
         one, other = summary(light / folder), summary(tmp_path / "whole" / folder)
         assert (one["status"], one["metrics"], one["seed"]) == (other["status"], other["metrics"], other["seed"])
         assert (light / folder / "metrics.csv").read_text() == (tmp_path / "whole" / folder / "metrics.csv").read_text()
-    assert {path.name for path in light.iterdir()} == {"sweep.yaml", *"01234"}
+    assert without_report(light) == {"sweep.yaml", *"01234"}
     all_end(start["pid"] for starts in told.values() for start in starts)
 
 
@@ -638,7 +645,12 @@ def test_a_crash_a_refusal_and_a_nan_leave_the_others_alone(tmp_path: Path) -> N
     assert summary(directory / "1")["error"].startswith("UserError: sft.batch_size=3 does not divide")
     assert "Traceback" not in done.stderr and "Traceback" in (directory / "0" / "log.txt").read_text()
     assert (directory / "4" / "export" / "actor" / "model.safetensors").is_file() and not (directory / "0" / "export").exists()
-    assert sorted(path.name for path in directory.iterdir()) == ["0", "1", "2", "3", "4", "5", "sweep.yaml"]
+    assert without_report(directory) == {"0", "1", "2", "3", "4", "5", "sweep.yaml"}
+    page = (directory / "report.html").read_text()
+    assert all(
+        reason in page
+        for reason in ("the disk is on fire", "sft.batch_size=3 does not divide", summary(directory / "2")["error"].split(": ", 1)[1][:60])
+    )
     shutil.rmtree(directory)
 
 

@@ -11,6 +11,7 @@ import pytest
 from experiment_folder import run, sweep
 
 from rlhf.config import UserError
+from rlhf.reporting.effects import forest
 from rlhf.reporting.study import Study, lower_is_better, read_study
 from rlhf.reporting.study_table import as_csv, as_markdown
 from rlhf.reporting.words import caveats, counts, decimals, headline, interval, number, title
@@ -226,3 +227,11 @@ def test_numbers_as_they_are_shown() -> None:
     assert number(-0.0004, 3) == "0.000" and number(0.05, 2, sign=True) == "+0.05" and number(1234.5, 0) == "1,234"
     assert interval(-0.1, 0.25, 2, sign=True) == "−0.10 to +0.25" and interval(math.nan, math.nan, 2) == "–"  # noqa: RUF001
     assert decimals([]) == 2
+
+
+def test_cells_that_do_not_differ_at_all_are_drawn(tmp_path: Path) -> None:
+    folder = sweep(tmp_path / "s", [{"ppo.kl_coef": kl, "seed": 0} for kl in (0.1, 0.2)])
+    for i, kl in enumerate((0.1, 0.2)):
+        run(folder / str(i), 0.5, seed=0, ppo={"kl_coef": kl})
+    found = study(folder)
+    assert "NaN" not in forest(found, [result for result in found.results if result.differences])
