@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from rlhf.cli.evaluate_page import ROWS, comparison_table, print_answers
 
@@ -19,11 +20,21 @@ CURVES = {
     "ppo": [("rollout/reward", "PPO: reward"), ("rollout/kl", "PPO: KL to ref, nats an answer"), ("rollout/length", "PPO: answer length")],
 }
 SAMPLES = 4
+STEPS = {
+    "SFT: perplexity of held-out answers": ("sft/perplexity_before", "sft/perplexity"),
+    "reward model: accuracy on held-out pairs": ("reward/accuracy_before", "reward/accuracy"),
+    "PPO: gold score": ("gold/{before}", "gold/{after}"),
+    "PPO: reward": ("reward/{before}", "reward/{after}"),
+}
+"""What each step changed -> the metric before it and after it; `before` and `after` are the policies' names."""
 
 
 def print_pipeline(run_dir: Path, metrics: dict[str, float], seconds: dict[str, float], names: list[str], plot: Path | None) -> None:
-    """A table of both policies, a few answers, and where everything lies."""
+    """What each step changed, a table of both policies, a few answers, and where everything lies."""
     console = Console()
+    steps = steps_table(metrics, names)
+    if steps.row_count:
+        console.print(steps)
     table = comparison_table(f"{run_dir.name}: held out, same sampling", metrics, names)
     if table.row_count:
         console.print(table)
@@ -33,6 +44,19 @@ def print_pipeline(run_dir: Path, metrics: dict[str, float], seconds: dict[str, 
     console.print(
         f"{seconds['total']:.0f} s in all; everything is in {run_dir}" + (f", the curves in {plot}" if plot else ""), soft_wrap=True
     )
+
+
+def steps_table(metrics: dict[str, float], names: list[str]) -> Table:
+    """A row for each step that was measured before and after it."""
+    table = Table("", title="what each step changed")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right")
+    policies = dict(zip(("before", "after"), names, strict=True))
+    for label, pair in STEPS.items():
+        values = [metrics.get(name.format(**policies)) for name in pair]
+        if None not in values:
+            table.add_row(label, *(f"{value:.3f}" for value in values))
+    return table
 
 
 def read_columns(file: Path, names: list[str]) -> dict[str, tuple[list[float], list[float]]]:

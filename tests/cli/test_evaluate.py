@@ -24,6 +24,7 @@ from tiny import write_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.cli.evaluate_prompts import read_prompts
+from rlhf.cli.summary_page import steps_table
 from rlhf.config import UserError
 from rlhf.data.chat import format_answer, format_prompt
 
@@ -266,3 +267,12 @@ def test_the_built_in_sets_ask_the_same_kinds_of_question() -> None:
     assert len({tuple(entry.good is not None for entry in entries) for entries in sets.values()}) == 1
     assert all(re.search("[一-龥]", entry.prompt) for entry in sets["chinese"])
     assert sum(bool(re.search("[ぁ-ん]", entry.prompt)) for entry in sets["japanese"]) == 7
+
+
+def test_what_each_step_of_a_pipeline_changed() -> None:
+    metrics = {"sft/perplexity_before": 135.2, "sft/perplexity": 12.876, "reward/accuracy": 0.9, "gold/base": 0.49, "gold/ppo": 0.76}
+    table = steps_table(metrics, ["base", "ppo"])
+    cells = [list(column.cells) for column in table.columns]
+    assert cells == [["SFT: perplexity of held-out answers", "PPO: gold score"], ["135.200", "0.490"], ["12.876", "0.760"]], (
+        "nothing by halves"
+    )
