@@ -20,7 +20,7 @@ SPACE: dict[str, Dimension] = {
 
 def settings(**changes: Any) -> Any:
     node = {
-        "_target_": "rlhf.settings.SearchSweepConfig", "jobs": None, "gpus": "auto", "jobs_per_gpu": 1, "strict": False, "resume": False,
+        "_target_": "rlhf.settings.SearchSweepConfig", "jobs": None, "gpus": "auto", "jobs_per_gpu": 1, "strict": False, "resume": False, "report": True,
         "metric": "gold/ppo", "direction": "maximize", "trials": 20, "seeds": [], "sampler": "tpe", "sampler_seed": 0, "pruner": "none",
         "prune_on": None, "prune_after": 2, "prune_trials": 1, "storage": None,
     }  # fmt: skip

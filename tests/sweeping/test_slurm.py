@@ -17,7 +17,7 @@ SACCT = 'echo "JobID|State|NodeList"; for word in "$@"; do case $word in [0-9]*)
 
 def settings(**changes: Any) -> Any:
     node = {
-        "_target_": "rlhf.settings.SlurmSweepConfig", "jobs": None, "gpus": "auto", "jobs_per_gpu": 1, "strict": False, "resume": False,
+        "_target_": "rlhf.settings.SlurmSweepConfig", "jobs": None, "gpus": "auto", "jobs_per_gpu": 1, "strict": False, "resume": False, "report": True,
         "executor": "slurm", "partition": None, "account": None, "time_minutes": 60, "setup": [], "parameters": {},
     }  # fmt: skip
     return build({**node, **changes}, "sweep")
