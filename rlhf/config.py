@@ -15,6 +15,8 @@ from types import SimpleNamespace, UnionType
 from typing import Any
 
 TARGET = "_target_"
+ENTRY = "entry"
+"""Key of a verb from outside this package: the import path of what it runs."""
 SETTINGS = "rlhf.settings."
 
 TOP_LEVEL = (
@@ -164,14 +166,17 @@ def check(cfg: Any) -> None:
     _check_optimizers(cfg)
     if hasattr(cfg, "ppo"):
         _check_critic(cfg)
+        if "." in cfg.ppo.advantage:
+            _require_function("ppo.advantage", cfg.ppo.advantage, "f(rewards, mask, samples) -> advantages")
         _check_reward(cfg)
         _check_plain_text(cfg)
 
 
 def _check_names(cfg: Any) -> None:
+    own = (ENTRY, cfg.verb) if hasattr(cfg, ENTRY) else ()
     for name in vars(cfg):
-        if name not in TOP_LEVEL:
-            raise UserError(f"{name}: no such key{nearest(name, TOP_LEVEL)}")
+        if name not in (*TOP_LEVEL, *own):
+            raise UserError(f"{name}: no such key{nearest(name, (*TOP_LEVEL, *own))}")
 
 
 def _check_top(cfg: Any) -> None:
@@ -304,17 +309,22 @@ def _check_critic(cfg: Any) -> None:
         )
 
 
+def _require_function(key: str, path: str, form: str) -> None:
+    """Refuses an import path of the user's behind which nothing can be called as `form` says."""
+    try:
+        function = locate(path)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    if not callable(function):
+        raise UserError(f"{key}={path} is no function {form}")
+
+
 def _check_reward(cfg: Any) -> None:
     """A reward function can be called, and what a reward model would be for without it is there or not asked for."""
     ppo = cfg.ppo
     if ppo.reward_source == "model":
         return
-    try:
-        function = locate(ppo.reward_function)
-    except UserError as error:
-        raise UserError(f"ppo.reward_function: {error}") from error
-    if not callable(function):
-        raise UserError(f"ppo.reward_function={ppo.reward_function} is no function f(prompts, answers, ended) -> scores")
+    _require_function("ppo.reward_function", ppo.reward_function, "f(prompts, answers, ended) -> scores")
     if ppo.reward_source == "both" or cfg.verb != "ppo":
         return
     from_reward = ppo.advantage == "gae" and ppo.critic_init == "reward" and cfg.critic.init is None

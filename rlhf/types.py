@@ -97,6 +97,7 @@ class Rollout(Rows):
 
     @property
     def prompt_length(self) -> int:
+        """P, the column of the first answer token."""
         return self.ids.shape[1] - self.action_mask.shape[1]
 
     @property

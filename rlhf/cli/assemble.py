@@ -84,10 +84,19 @@ class Job:
         return load_tokenizer(model, chat, sft_corpus(self.cfg.data) if trains else None)
 
     def decode(self, ids: torch.Tensor) -> list[str]:  # (B, A) -> B texts
+        """(B, A) token ids -> B texts, special tokens left out. Call `tokenizer` first."""
         return self._tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
 
     def data(self, phase: Phase, batch_size: int, epochs: float = 1.0, **options: Any) -> RLHFData:
-        """The rows of a step, read or built, as this rank's share."""
+        """The rows of a step, read or built, as this rank's share. Call `tokenizer` first.
+
+        Args:
+            phase: sft, reward or ppo: whose rows, in which form.
+            options: as for `RLHFData`: `steps`, `eval_batches`, `batch_key`, ...
+
+        Raises:
+            UserError: a source cannot be read, no row is left, or the batch does not divide by the ranks.
+        """
         data = RLHFData(
             self.cfg.data, self._tokenizer, phase, batch_size=batch_size, epochs=epochs, seed=self.cfg.seed,
             rank=int(os.environ["RANK"]), world=self.world, **options,
@@ -110,7 +119,8 @@ class Job:
             raise UserError(f"{role}.{error}") from error
 
     def blueprint(self, role: str, *, kind: str, trained: bool, like: str | None = None) -> Blueprint:
-        """
+        """What a role's network is built of. Call `tokenizer` first.
+
         Args:
             like: the role whose model, dropout and so on are taken, for a role that only copies it.
         """
@@ -135,7 +145,8 @@ class Job:
         self, role: str, optimizer: OptimizerConfig, scheduler: SchedulerConfig, *, total_steps: int, batch_size: int, micro: int | None,
         passes: int = 1,
     ) -> EngineSpec:  # fmt: skip
-        """
+        """The engine of a role that learns: its ZeRO stage, its optimizer, and how many backward passes a step has.
+
         Args:
             batch_size: rows of one optimizer step, over all ranks.
             micro: rows of one backward pass on one rank; None: the rank's whole share.
@@ -151,6 +162,7 @@ class Job:
         return EngineSpec(zero=settings.zero, precision=self.cfg.trainer.precision, training=training, reloadable=reloadable)
 
     def strategy(self, specs: dict[str, EngineSpec]) -> RoleStrategy:
+        """The strategy that puts these roles into their engines."""
         trainer = self.cfg.trainer
         timeout = timedelta(minutes=self.cfg.launcher.timeout_minutes)
         return RoleStrategy(specs=specs, align_overflow=trainer.align_overflow, timeout=timeout, threads=trainer.threads)
@@ -166,6 +178,7 @@ class Job:
         return found[-1]
 
     def rollout_callback(self, samples: int) -> RolloutCallback:
+        """What answers the prompts of a batch before its step, `samples` times each, by `cfg.rollout`."""
         tokenizer, rollout = self._tokenizer, self.cfg.rollout
         if rollout.max_out_tokens is None:
             rollout = dataclasses.replace(rollout, max_out_tokens=self.cfg.data.max_prompt_tokens + rollout.max_new_tokens)
@@ -207,6 +220,7 @@ class Job:
                 logger.log_models(self.run_dir / "export", {"seed": self.cfg.seed, "commit": rundir.commit(), "metrics": dict(metrics)})
 
     def trainer(self, strategy: RoleStrategy, callbacks: list[L.Callback], *, max_steps: int) -> L.Trainer:
+        """Lightning's trainer with the loggers of the run; a negative `max_steps` lets it validate everything."""
         return L.Trainer(
             accelerator=accelerator(self.cfg.trainer), devices=self.cfg.trainer.devices, num_nodes=self.cfg.trainer.num_nodes,
             strategy=strategy, callbacks=callbacks, logger=self.loggers(), max_epochs=1, limit_train_batches=max(0, max_steps),

@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import rlhf
+from rlhf.cli import rundir
+from rlhf.cli.main import VERBS
+from rlhf.cli.own_verb import config_folder, require_file, require_whole
 from rlhf.config import UserError, nearest
 
 MULTIRUN = ("-m", "--multirun")
@@ -36,7 +43,11 @@ def conf_dir() -> Path:
 def run(verb: str, overrides: list[str]) -> int:
     """Composes and runs a verb, once or as a sweep; returns the exit code."""
     flags = [word.partition("=")[0] for word in overrides]
+    folder = config_folder(overrides)
     try:
+        if verb not in VERBS:
+            assert folder is not None, "rlhf.cli.main looks for the flag"
+            require_file(verb, folder, (path.stem for path in conf_dir().iterdir()))
         overrides = with_own_group(verb, overrides)
         if any(flag in MULTIRUN for flag in flags) and not any(flag in ASKING for flag in flags):
             from rlhf.cli.sweep import run_sweep
@@ -46,16 +57,20 @@ def run(verb: str, overrides: list[str]) -> int:
         _check_single(overrides)
     except UserError as error:
         return _refuse(str(error))
+    except YAMLError as error:
+        return _refuse(_unreadable(error))
     sys.argv = [f"rlhf {verb}", *_with_directory(overrides)]
     # Hydra's own error report ends the process with code 1 and a hint about its internals; the errors come to us instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     codes: list[int] = []
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(lambda cfg: codes.append(_job(cfg)))()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(lambda cfg: codes.append(_job(cfg, verb)))()
     except UserError as error:
         return _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        return _refuse(explain(error, name))
+        return _refuse(explain(error, name, folder))
+    except YAMLError as error:
+        return _refuse(_unreadable(error))
     return max(codes, default=0)
 
 
@@ -113,14 +128,17 @@ def _with_directory(overrides: list[str]) -> list[str]:
     return [f"hydra.run.dir={word.removeprefix('run_dir=')}" if word.startswith("run_dir=") else word for word in overrides]
 
 
-def _job(cfg: DictConfig) -> int:
+def _job(cfg: DictConfig, verb: str) -> int:
     """One composed job; its exit code."""
     from rlhf.cli.job import JobFailed
 
     try:
         if HydraConfig.get().sweeper.params:
             raise UserError(f"{HydraConfig.get().job.config_name} is a sweep, as it names values to go through: add -m")
-        _run(resolved(cfg))
+        config = resolved(cfg)
+        if config["verb"] != verb:
+            raise UserError(f"{HydraConfig.get().job.config_name}.yaml is no config of rlhf {verb}: its verb is {config['verb']}")
+        _run(config)
     except UserError as error:
         return _refuse(str(error))
     except OmegaConfBaseException as error:
@@ -135,12 +153,14 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
     Raises:
         OmegaConfBaseException: a value is missing or cannot be resolved.
+        UserError: a verb of the user's lacks what every job has.
     """
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     if HydraConfig.get().runtime.choices.get("debug") is not None:
         config = {key: node for key, node in config.items() if not _is_fragment(node)}
     if (experiment := HydraConfig.get().runtime.choices.get("experiment")) is not None:
         config["experiment"] = experiment  # what a tracker tags the run with
+    require_whole(config)
     return config
 
 
@@ -155,7 +175,7 @@ def _is_fragment(node: Any) -> bool:
 
 
 def _run(config: dict[str, Any]) -> dict[str, Any]:
-    """The verb's job; a run that is only resumed goes on with the config it was started with."""
+    """The verb's job."""
     if config["verb"] == "plan":
         from rlhf.cli.plan import run_plan
 
@@ -168,16 +188,12 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
         from rlhf.cli.chat import run_chat
 
         return run_chat(config)
-    from rlhf.cli import rundir
     from rlhf.cli.job import run_job
     from rlhf.cli.pipeline import run_pipeline
 
     if config["launcher"]["name"] == "external":
         _check_external()
-    if config["resume"] and not _changes(HydraConfig.get().overrides.task):
-        saved = rundir.saved_config(Path(config["run_dir"]))
-        if saved is not None:
-            config = {**saved, "resume": True, "run_dir": config["run_dir"]}
+    config = going_on(config, HydraConfig.get().overrides.task)
     return (run_pipeline if config["verb"] == "pipeline" else run_job)(config)
 
 
@@ -189,8 +205,20 @@ def _check_external() -> None:
         raise UserError("launcher=external needs run_dir=PATH: each rank would make up a directory of its own")
 
 
-def _changes(overrides: Iterable[str]) -> bool:
-    return any(not word.startswith("resume=") for word in overrides)
+def going_on(config: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
+    """A run that is only resumed goes on with the config it was started with.
+
+    Args:
+        words: the overrides, without the run directory.
+    """
+    if not config.get("resume") or any(not word.startswith("resume=") for word in words):
+        return config
+    saved = rundir.saved_config(Path(config["run_dir"]))
+    return config if saved is None else {**saved, "resume": True, "run_dir": config["run_dir"]}
+
+
+def _unreadable(error: YAMLError) -> str:
+    return f"a configuration file is no YAML: {' '.join(str(error).split())}"
 
 
 def _refuse(message: str) -> int:
@@ -198,8 +226,9 @@ def _refuse(message: str) -> int:
     return 2
 
 
-def explain(error: Exception, primary: str) -> str:
-    """Hydra's and OmegaConf's errors as one sentence that names the key and the nearest right one. `primary` is the file composed."""
+def explain(error: Exception, primary: str, folder: Path | None = None) -> str:
+    """Hydra's and OmegaConf's errors as one sentence that names the key and the nearest right one. `primary` is the file composed,
+    `folder` what `--config-dir` names."""
     text = str(error)
     cause = str(error.__cause__ or "")
     if isinstance(error, OverrideParseException):
@@ -213,25 +242,36 @@ def explain(error: Exception, primary: str) -> str:
         return f"{group}={option}: no such option{nearest(option, options)}; there are {', '.join(options)}"
     key = re.search(r"Could not override '([^']*)'|^Override (\S+?)=.* looks like a config group override", text)
     if key:
-        return _unknown_key(key.group(1) or key.group(2), primary)
+        return _unknown_key(key.group(1) or key.group(2), primary, folder)
     group = re.search(r"In '[^']*': Could not find '([^']*)'|Could not override '([^']*)'\. No match in the defaults list", text)
     if group:
-        return f"{group.group(1) or group.group(2)}: no such group or option; rlhf {primary.replace('_', ' ')} --help lists them"
+        return f"{group.group(1) or group.group(2)}: no such group or option; rlhf {_as_typed(primary, folder)} --help lists them"
     if isinstance(error, ConfigCompositionException) and cause:
         return _first_line(cause)
     return " ".join(text.split())
 
 
-def _unknown_key(key: str, primary: str) -> str:
-    """Names the nearest key of the composed config, or the nearest group."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    key = key.lstrip("+~")
+def search_in(folder: Path | None) -> None:
+    """Sets Hydra up to compose from conf/ and, before it, from the folder that `--config-dir` names."""
+    path = create_config_search_path(str(conf_dir()))
+    if folder is not None:
+        path.prepend("command-line", folder.absolute().as_uri(), anchor="schema")
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose(config_name=primary, return_hydra_config=True)
-    verb = primary.replace("_", " ")
+    Hydra.create_main_hydra2(task_name="rlhf", config_search_path=path)
+
+
+def _as_typed(primary: str, folder: Path | None) -> str:
+    """The words behind `rlhf` that start from a file: those of `bench_step` are `bench step`, those of a user's file name its folder."""
+    return primary.replace("_", " ") if (conf_dir() / f"{primary}.yaml").is_file() else f"{primary} --config-dir {folder}"
+
+
+def _unknown_key(key: str, primary: str, folder: Path | None) -> str:
+    """Names the nearest key of the composed config, or the nearest group."""
+    key = key.lstrip("+~")
+    search_in(folder)
+    cfg = hydra.compose(config_name=primary, return_hydra_config=True)
+    GlobalHydra.instance().clear()
+    verb = _as_typed(primary, folder)
     groups = [name for name in cfg.hydra.runtime.choices if not name.startswith("hydra/")]
     in_package = [name for name in groups if name.startswith(f"{key}@")]  # `model` where `model@actor.model` is meant
     if "@" in key or "/" in key or in_package:

@@ -27,7 +27,8 @@ def usage() -> str:
     verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
     return (
         "usage: rlhf <verb> [option of the verb's own group] [key=value ...]\n"
-        "       rlhf <verb> -m [key=value,value ...] [sweep.jobs=2 ...] for a sweep\n\n"
+        "       rlhf <verb> -m [key=value,value ...] [sweep.jobs=2 ...] for a sweep\n"
+        "       rlhf <name> --config-dir DIR [key=value ...] for a verb of your own, DIR/<name>.yaml\n\n"
         f"{verbs}\n\n"
         "rlhf <verb> --help lists the groups of a verb, rlhf <verb> --cfg job prints its configuration.\n"
         "Start with: rlhf pipeline\n"
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         print(version("rlhf"))
         return 0
     verb, rest = words[0], words[1:]
-    if verb not in VERBS:
+    if verb not in VERBS and not _names_folder(rest):
         from rlhf.config import nearest
 
         print(f"rlhf: error: no such verb: {verb}{nearest(verb, VERBS)}; rlhf --help lists them", file=sys.stderr)
@@ -61,6 +62,13 @@ def main(argv: list[str] | None = None) -> int:
     if verb == "plan":
         rest = ["plan.json=true" if word == "--json" else word for word in rest]
     return run(verb, rest)
+
+
+def _names_folder(words: list[str]) -> bool:
+    """Whether there is a folder to look for a verb of the user's in."""
+    from rlhf.cli.own_verb import config_folder
+
+    return config_folder(words) is not None
 
 
 def entry() -> None:

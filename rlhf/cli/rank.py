@@ -30,12 +30,13 @@ def run_rank(config: Mapping[str, Any]) -> None:
     from rlhf.cli.assemble import Job  # after prepare_rank: it imports deepspeed
     from rlhf.cli.bench import bench
     from rlhf.cli.evaluate import evaluate
+    from rlhf.cli.own_verb import own_verb
     from rlhf.cli.train import dpo, ppo, reward, sft
 
     quiet_libraries()
     verbs = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "evaluate": evaluate, "bench": bench}
     start = time.perf_counter()
-    result = verbs[cfg.verb](Job(config, cfg))
+    result = (verbs.get(cfg.verb) or own_verb(cfg))(Job(config, cfg))
     seconds = {"total": time.perf_counter() - start, **result["seconds"]}
     if os.environ["RANK"] == "0":
         rundir.write_summary(config, "done", metrics=result["metrics"], seconds=seconds, data=result["report"])

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf.cli import rundir
 from rlhf.cli.errors import DONE, FAILED, REFUSED
 from rlhf.cli.hydra_app import explain, primary_config
+from rlhf.cli.main import VERBS
 from rlhf.cli.sweep_page import print_counts, print_table
 from rlhf.cli.sweep_report import report_sweep
 from rlhf.cli.sweep_run import Cells, Grid, Place
@@ -35,7 +36,7 @@ from rlhf.sweeping.scheduler import Scheduler, Source
 PRINTS = ("plan", "report")
 """Verbs that start no job and leave no run: they answer in this process, one after the other."""
 JOBS = ("pipeline", "sft", "reward", "ppo", "dpo", "evaluate", "bench")
-"""Verbs whose runs are cells."""
+"""Verbs whose runs are cells, as are those of a verb of the user's."""
 MAY_CHANGE = (
     "jobs",
     "gpus",
@@ -63,7 +64,7 @@ def run_sweep(verb: str, words: Sequence[str]) -> int:
     try:
         if verb in PRINTS:
             return _print_each(line)
-        if verb not in JOBS:
+        if verb in VERBS and verb not in JOBS:
             raise UserError(f"rlhf {verb} runs no job that would end, so that there is nothing to sweep: leave -m out")
         old = _earlier(line)
         if old is not None:
@@ -77,7 +78,8 @@ def run_sweep(verb: str, words: Sequence[str]) -> int:
             _check_same(composer, sweep, old)
         return Command(composer, sweep, settings, directory, old).run()
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, primary_config(verb, list(line.task)))) from error
+        folder = None if line.config_dir is None else Path(line.config_dir)
+        raise UserError(explain(error, primary_config(verb, list(line.task)), folder)) from error
     finally:
         GlobalHydra.instance().clear()
 
@@ -225,7 +227,8 @@ class Command:
         if self.settings.report and self.sweep.verb != "bench":
             report_sweep(self.directory, self.sweep.cells, wanted)
         if not whole:
-            log.info("stopped by Ctrl-C; go on with: rlhf %s -m run_dir=%s sweep.resume=true", self.sweep.verb, self.directory)
+            where = "" if self.sweep.verb in VERBS else f" --config-dir {self.sweep.config_dir}"
+            log.info("stopped by Ctrl-C; go on with: rlhf %s%s -m run_dir=%s sweep.resume=true", self.sweep.verb, where, self.directory)
             return FAILED
         return self.exit_code()
 

@@ -93,6 +93,7 @@ class Source:
 
     @property
     def eval_files(self) -> tuple[str, ...]:
+        """Local files with the held-out rows."""
         return _files(self.eval_path)
 
     @property

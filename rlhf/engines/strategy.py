@@ -137,6 +137,7 @@ class RoleStrategy(DeepSpeedStrategy):
             yield network
 
     def gather(self, parameters: list[nn.Parameter]) -> Any:
+        """A context in which these parameters are whole on every rank, to be read; what is written is lost."""
         return gathered(parameters)
 
     def backward(self, role: str, loss: Tensor) -> None:  # type: ignore[override]
@@ -174,6 +175,7 @@ class RoleStrategy(DeepSpeedStrategy):
         return StepResult(math.nan if told is None else float(told) / scale, float(rate), skipped)
 
     def overflows(self, role: str) -> bool:
+        """fp16: whether the gradients of a role are not finite on any rank, so that its step would be skipped."""
         return has_overflow(self.engines[role])
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -183,6 +185,7 @@ class RoleStrategy(DeepSpeedStrategy):
         return values
 
     def max_over_ranks(self, values: Tensor) -> Tensor:
+        """Any shape -> the same shape, the largest over ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values

@@ -34,6 +34,8 @@ def upload(values: list[int] | list[list[int]] | Tensor, device: torch.device) -
 
 @dataclass
 class Answers:
+    """What was drawn for n sequences."""
+
     tokens: Tensor  # (n, A) int64, pad_id behind the answer
     logprobs: Tensor  # (n, A) fp32, 0 behind the answer
     counts: Tensor  # (n,) int64
@@ -93,7 +95,8 @@ class Generator:
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], *, samples: int, limits: list[int], sequences: list[int], seed: int) -> Answers:
-        """
+        """Answers prompts: finished sequences leave their slots, and waiting ones take them.
+
         Args:
             prompts: token ids of M prompts, without padding.
             samples: answers for each prompt; sequence s * M + i answers prompt i.

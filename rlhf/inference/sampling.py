@@ -32,6 +32,7 @@ class Sampling:
 
     @property
     def filters(self) -> bool:
+        """Whether some tokens are left out before one is drawn."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
 

@@ -107,7 +107,8 @@ class Service:
     # --- from any thread ---
 
     def submit(self, request: Request, deliver: Deliver) -> Ticket:
-        """
+        """Lets a request join at the next step.
+
         Raises:
             ValueError: the prompt is empty, or prompt and answer do not fit into the cache.
         """
@@ -129,6 +130,7 @@ class Service:
 
     @property
     def busy(self) -> bool:
+        """Whether a request is waiting or being answered."""
         return bool(self.waiting or self.active)
 
     # --- the stepping thread ---
@@ -249,6 +251,7 @@ class Worker(threading.Thread):
         """What ended it, if it was not `close`."""
 
     def run(self) -> None:
+        """The thread's work: `start` calls it. A failed step fails every request, and `error` says why."""
         service = self.service
         try:
             while True:

@@ -52,6 +52,7 @@ class RoleModule(L.LightningModule):
 
     @property
     def strategy(self) -> RoleStrategy:
+        """The engines, once a trainer is attached."""
         return self.trainer.strategy  # type: ignore[return-value]
 
     def configure_model(self) -> None:

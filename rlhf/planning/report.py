@@ -30,6 +30,8 @@ class Advice:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
+    """What one step needs, on one machine. Sizes in bytes, of the rank that needs most."""
+
     work: Workload
     machine: Machine
     memory: MemoryPlan
@@ -52,10 +54,12 @@ class Report:
 
     @property
     def fits(self) -> bool:
+        """Neither a device nor a host is short of memory."""
         return max(self.short, self.host_short) <= 0
 
     @property
     def price_known(self) -> bool:
+        """Whether `hardware` says what an hour costs."""
         return self.machine.hardware.price_per_hour > 0
 
 

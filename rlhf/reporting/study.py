@@ -57,6 +57,8 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
+    """Runs in cells, with means, intervals and differences: all that a report says."""
+
     folders: tuple[Path, ...]
     metric: str | None
     """None: no run is done."""
@@ -75,6 +77,7 @@ class Study:
 
     @property
     def metrics(self) -> tuple[str, ...]:
+        """The main one and those further ones, in order; none where no run is done."""
         return () if self.metric is None else (self.metric, *self.columns)
 
     @property
@@ -84,10 +87,12 @@ class Study:
 
     @property
     def done(self) -> list[Run]:
+        """Of `runs`, those that ended well."""
         return [run for run in self.runs if run.done]
 
     @property
     def base(self) -> Result | None:
+        """The cell that the others are compared with."""
         return next((result for result in self.results if result.name == self.baseline), None)
 
     def ranked(self) -> list[Result]:
@@ -127,7 +132,8 @@ def write_report(
 def read_study(
     folders: Iterable[Path], *, metric: str | None, baseline: str | None, metrics: Sequence[str] | None, direction: str | None
 ) -> Study:
-    """
+    """What the runs below the folders come to; nothing is written. Arguments as for `write_report`.
+
     Raises:
         UserError: as `write_report`.
     """

@@ -71,6 +71,7 @@ class Reply:
                 return
 
     def cancel(self) -> None:
+        """Asks for no more: the last piece comes with its end."""
         self.answerer.worker.service.cancel(self.ticket)
 
 
@@ -126,7 +127,8 @@ class Answerer:
         return Reply(self, self.prompt(messages, options), options)
 
     def submit(self, ids: tuple[int, ...], options: ReplyConfig, deliver: Any) -> Ticket:
-        """
+        """Asks for the tokens of a reply to a prompt.
+
         Raises:
             RuntimeError: the thread has ended.
             ValueError: it does not fit.
@@ -140,6 +142,7 @@ class Answerer:
         return self.worker.service.submit(request, deliver)
 
     def close(self, timeout: float | None = 0.0) -> None:
+        """Ends the thread. What is on its way is cut off after `timeout` seconds; None waits for it."""
         self.worker.close(timeout)
 
 

@@ -11,6 +11,9 @@ from typing import Any, Literal
 from rlhf.settings.ranges import require, require_at_least_one, require_in, require_one_of
 from rlhf.settings.roles import OptimizerConfig, SchedulerConfig
 
+ESTIMATORS = ("gae", "rloo", "grpo", "reinforce_pp")
+"""Advantages of this package; any other is the import path of the user's own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig:
@@ -87,10 +90,11 @@ class PPOConfig:
     """Scales the rewards of all tokens, KL penalty included, to variance 1 over the global batch, around their mean, which stays."""
 
     # advantages
-    advantage: Literal["gae", "rloo", "grpo", "reinforce_pp"]
-    """gae needs a critic; the others have none, so that keys of the critic and its losses say nothing. rloo: an answer's return less the
-    mean return of the prompt's other answers. grpo: less the mean of them all, over their standard deviation. reinforce_pp: the rewards
-    from a token on."""
+    advantage: str
+    """gae, rloo, grpo, reinforce_pp, or the import path of an estimator f(rewards, mask, samples) -> advantages of your own
+    (docs/own_pipeline.md). gae needs a critic; the others have none, so that keys of the critic and its losses say nothing. rloo: an
+    answer's return less the mean return of the prompt's other answers. grpo: less the mean of them all, over their standard deviation.
+    reinforce_pp: the rewards from a token on."""
     gamma: float
     """gae, reinforce_pp: discount of a reward one token later."""
     gae_lambda: float
@@ -170,7 +174,10 @@ class PPOConfig:
         require_one_of("shuffle", self.shuffle, ("rows", "minibatches", "none"))
         require_one_of("kl_in", self.kl_in, ("reward", "loss"))
         require_one_of("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
-        require_one_of("advantage", self.advantage, ("gae", "rloo", "grpo", "reinforce_pp"))
+        require(
+            self.advantage in ESTIMATORS or "." in self.advantage,
+            f"advantage must be one of {', '.join(ESTIMATORS)}, or the import path module.name of an estimator, got {self.advantage!r}",
+        )
         require_one_of("reward_source", self.reward_source, ("model", "function", "both"))
         require_one_of("score_from", self.score_from, ("end", "mean"))
         require_one_of("score_slot", self.score_slot, ("end", "past_end"))
@@ -252,12 +259,13 @@ class PPOConfig:
         if self.advantage == "gae":
             return
         require(
-            self.advantage == "reinforce_pp" or self.samples_per_prompt > 1,
+            self.advantage not in ("rloo", "grpo") or self.samples_per_prompt > 1,
             f"advantage={self.advantage} compares the answers to one prompt, but samples_per_prompt=1: raise it to 2 or more",
         )
+        takes = "an answer's rewards as one sum" if self.advantage in ESTIMATORS else "no discount"
         require(
             self.advantage == "reinforce_pp" or self.gamma == 1,
-            f"gamma={self.gamma:g} discounts later rewards, but advantage={self.advantage} takes an answer's rewards as one sum: set it to 1",
+            f"gamma={self.gamma:g} discounts later rewards, but advantage={self.advantage} takes {takes}: set it to 1",
         )
         without = f"advantage={self.advantage} has no critic"
         require(self.critic_warmup == 0, f"critic_warmup={self.critic_warmup}, but {without}: set it to 0")
