@@ -1,6 +1,7 @@
 """docs/own_pipeline.md is true: its files are written, its Python and its commands are run as they stand, with sizes of a test.
 
-Everything runs in this process, in a folder of its own.
+Everything runs in a process and a folder of its own: `python test_own_pipeline.py` runs the page in the current folder. Engines keep process
+groups in globals, so that a process in which other tests have run is no place to try what a user's would do.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,20 +91,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> Path:
-    """The run directories of the page: its commands first, each where it stands, then its Python in one namespace."""
+    """The run directories of the page, made by a process of their own."""
+    done = subprocess.run([sys.executable, str(Path(__file__).resolve())], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return folder / "runs"
+
+
+def run_the_page() -> None:
+    """The page's commands first, each where it stands, then its Python in one namespace; then what the Python is compared with."""
     for words in commands():
         if "--cfg" in words:
             continue
         directory = next(word.removeprefix("run_dir=") for word in words if word.startswith("run_dir="))
         goes_on = "resume=true" in words
         if goes_on:
-            (folder / directory / "summary.json").unlink()  # as if it had been stopped after its checkpoint
+            (Path(directory) / "summary.json").unlink()  # as if it had been stopped after its checkpoint
         assert main([*words, *(() if goes_on else SIZES[directory])]) == 0, words
     namespace: dict[str, Any] = {"__name__": "page"}
     for language, block in BLOCKS:
         if language == "python" and file_of(block) is None:
             exec(compile(block, str(PAGE), "exec"), namespace)
-    return folder / "runs"
+    assert main(["ppo", *words_of_the_loop(), "callbacks=none", "run_dir=runs/by-command"]) == 0
+
+
+def words_of_the_loop() -> list[str]:
+    source = next(block for language, block in BLOCKS if language == "python" and "with opened" in block)
+    return re.findall(r'"([\w@.=/-]+=[\w./-]+)"', source)
 
 
 def summary(run_dir: Path) -> dict[str, Any]:
@@ -123,17 +137,14 @@ def test_the_page_has_what_it_promises() -> None:
 
 def test_every_run_is_done(runs: Path) -> None:
     assert {path.name: summary(path)["status"] for path in runs.iterdir() if path.name != "py-load"} == dict.fromkeys(
-        ("py-sft", "py-loop", "polite", "sums", "median", "smooth"), "done"
+        ("py-sft", "py-loop", "by-command", "polite", "sums", "median", "smooth"), "done"
     )
     assert (runs / "py-load" / "config.yaml").is_file() and not (runs / "py-load" / "summary.json").exists()
 
 
 def test_a_loop_of_ones_own_learns_what_the_command_does(runs: Path) -> None:
     """The page's loop against `rlhf ppo` with its words: the same numbers, but for times, and the same weights."""
-    source = next(block for language, block in BLOCKS if language == "python" and "with opened" in block)
-    words = re.findall(r'"([\w@.=/-]+=[\w./-]+)"', source)
-    assert "run_dir=runs/py-loop" in words
-    assert main(["ppo", *words, "callbacks=none", "run_dir=runs/by-command"]) == 0
+    assert "run_dir=runs/py-loop" in words_of_the_loop()
     theirs, ours = rows(runs / "by-command"), rows(runs / "py-loop")
     assert len(theirs) == len(ours) == 3
     for one, other in zip(theirs, ours, strict=True):
@@ -146,6 +157,7 @@ def test_a_loop_of_ones_own_learns_what_the_command_does(runs: Path) -> None:
 
 
 def test_the_reward_is_the_page_s(runs: Path) -> None:
+    sys.path.insert(0, str(runs.parent))
     from my_reward import polite  # type: ignore[import-not-found]
 
     (row,) = rows(runs / "polite")
@@ -190,3 +202,7 @@ def test_the_verb_s_configuration_is_printed(folder: Path, capsys: pytest.Captur
     assert main(words) == 0
     config = yaml.safe_load(capsys.readouterr().out)
     assert (config["verb"], config["smooth"]["optimizer"]["lr"]) == ("smooth", 1.0e-3)
+
+
+if __name__ == "__main__":
+    run_the_page()

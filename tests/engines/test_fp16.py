@@ -11,6 +11,7 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 from jobs import composed
 from tiny import config
 
@@ -35,6 +36,9 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     deepspeed.init_distributed("gloo")
     yield
     torch.distributed.destroy_process_group()
+    for name, value in list(vars(groups).items()):  # DeepSpeed keeps groups for later engines, and asks nobody whether they still are
+        if isinstance(value, torch.distributed.ProcessGroup):
+            setattr(groups, name, None)
 
 
 def engine_at(stage: int) -> Any:
