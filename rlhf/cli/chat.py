@@ -170,14 +170,18 @@ class Terminal:
         self.say("The conversation begins with this message now." if text else "The conversation begins with no system message now.")
 
     def set(self, assignment: str) -> None:
-        key, given, value = assignment.partition("=")
+        key, equals, value = assignment.partition("=")
         values = dataclasses.asdict(self.options)
-        if not given:
+        if not equals:
             self.say("  ".join(f"{name}={'null' if value is None else value}" for name, value in values.items()))
             return
         if key not in values:
             raise UserError(f"{key}: no such setting{nearest(key, values)}; there are {', '.join(values)}")
-        target = {"_target_": "rlhf.settings.ReplyConfig", **values, key: yaml.safe_load(value)}
+        try:
+            given = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"{value!r} is no value: write a number, or null") from error
+        target = {"_target_": "rlhf.settings.ReplyConfig", **values, key: given}
         self.options = build(target, "chat.reply")
         self.say(f"{key}={value}")
 

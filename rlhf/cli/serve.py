@@ -38,20 +38,19 @@ def run_server(cfg: Any) -> None:
     except ImportError as error:
         raise UserError(f"chat.serve=true needs {error.name}: pip install 'rlhf[serve]'") from error
     chat, server = cfg.chat, cfg.chat.server
-    listener = _listen(server.host, server.port)
     names = _names(cfg.checkpoint, chat.compare)
+    votes = None if chat.compare is None else _votes(Votes, server.votes)
+    listener = _listen(server.host, server.port)
     answerers: dict[str, Answerer] = {}
     try:
-        for name, checkpoint in names.items():
-            answerers[name] = Answerer(checkpoint, context=chat.context, slots=server.slots, device=chat.device, dtype=chat.dtype)
+        for (name, checkpoint), key in zip(names.items(), ("checkpoint", "chat.compare"), strict=False):
+            answerers[name] = Answerer(checkpoint, context=chat.context, slots=server.slots, device=chat.device, dtype=chat.dtype, key=key)
         first = next(iter(answerers.values()))
         judge = None if chat.reward is None else Judge(chat.reward, device=first.device, dtype=first.dtype)
         comparisons = None
-        if chat.compare is not None:
+        if votes is not None:
             a, b = answerers
-            comparisons = Comparisons((a, b), _votes(Votes, server.votes), judge)
-        elif judge is not None:
-            raise UserError("chat.reward beside chat.serve=true scores the two answers of a comparison: add chat.compare=DIR")
+            comparisons = Comparisons((a, b), votes, judge)
         app = Server(answerers, chat.reply, server, comparisons).app()
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=server.patience, lifespan="off")
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

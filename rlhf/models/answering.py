@@ -21,7 +21,7 @@ def load_policy(folder: Path, *, device: torch.device, dtype: torch.dtype) -> tu
     Raises:
         UserError: the folder holds no causal language model, its weights cannot be read, or it has no tokenizer.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = _config(folder)
     names = config.architectures or []
     if any("SequenceClassification" in name for name in names):
         raise UserError(f"{folder} holds a reward model ({names[0]}), which scores and does not answer: give an actor's export")
@@ -34,11 +34,18 @@ def load_judge(folder: Path, *, device: torch.device, dtype: torch.dtype) -> tup
     Raises:
         UserError: the folder holds no model with one score, its weights cannot be read, or it has no tokenizer.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = _config(folder)
     names = config.architectures or []
     if config.num_labels != 1 or not any("SequenceClassification" in name for name in names):
         raise UserError(f"{folder} holds no reward model ({', '.join(names) or 'no architecture named'}): give an export of rlhf reward")
     return _load(AutoModelForSequenceClassification, folder, device=device, dtype=dtype)
+
+
+def _config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"{folder}/config.json says nothing that can be loaded: {_first_line(error)}") from error
 
 
 def _load(kind: Any, folder: Path, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:

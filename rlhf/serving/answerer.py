@@ -78,17 +78,18 @@ class Reply:
 class Answerer:
     """One checkpoint in memory, and the thread that runs it."""
 
-    def __init__(self, checkpoint: str, *, context: int | None, slots: int, device: str, dtype: str) -> None:
+    def __init__(self, checkpoint: str, *, context: int | None, slots: int, device: str, dtype: str, key: str = "checkpoint") -> None:
         """
         Args:
             checkpoint: a run directory or a folder in HF layout.
+            key: what the user named it by, for messages.
             context: tokens of prompt and answer; None: what the model has positions for, at most `LONGEST`.
             slots: conversations answered at once.
 
         Raises:
             UserError: there is no such checkpoint, or nothing here can run it.
         """
-        self.folder = _folder(checkpoint)
+        self.folder = _folder(checkpoint, key)
         self.device = _device(device)
         self.dtype = DTYPES.get(dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         model, self.tokenizer = load_policy(self.folder, device=self.device, dtype=self.dtype)
@@ -97,7 +98,7 @@ class Answerer:
         try:
             decoder = decoder_of(model, tokens=self.context)
         except UnsupportedFamily as error:
-            raise UserError(f"checkpoint={checkpoint} cannot be chatted with: {error}; there are {', '.join(FAMILIES)}") from error
+            raise UserError(f"{key}={checkpoint} cannot be chatted with: {error}; there are {', '.join(FAMILIES)}") from error
         self.worker = Worker(
             Service(
                 decoder, slots=slots, tokens=self.context, stop_ids=_stop_ids(model, self.tokenizer),
@@ -146,11 +147,11 @@ class Answerer:
         self.worker.close(timeout)
 
 
-def _folder(checkpoint: str) -> Path:
+def _folder(checkpoint: str, key: str) -> Path:
     try:
         return find_export(checkpoint, "actor")
     except UserError as error:
-        raise UserError(f"checkpoint={checkpoint} holds no model: give a run directory or a folder in HF layout") from error
+        raise UserError(f"{key}={checkpoint} holds no model: give a run directory or a folder in HF layout") from error
 
 
 def _device(name: str) -> torch.device:

@@ -260,7 +260,10 @@ class Server:
         answers = {}
         for side, name in pair.sides.items():
             answerer = self.answerers[name]
-            prompt = answerer.prompt([{"role": "user", "content": asked.prompt}], self.options)
+            try:
+                prompt = answerer.prompt([{"role": "user", "content": asked.prompt}], self.options)
+            except UserError as error:
+                raise Refused(400, str(error), field="prompt") from error
             answers[side] = self._begin(answerer, prompt.ids, self.options, [], turn=True)
         return StreamingResponse(self._duel(pair.id, answers), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
@@ -271,8 +274,11 @@ class Server:
         heard: asyncio.Queue[tuple[str, Piece]] = asyncio.Queue()
 
         async def listen(side: str, answering: Answering) -> None:
-            async for piece in answering.pieces():
-                await heard.put((side, piece))
+            try:
+                async for piece in answering.pieces():
+                    await heard.put((side, piece))
+            except RuntimeError:  # the model broke before it began
+                await heard.put((side, Piece("", "failed", 0)))
 
         tasks = [asyncio.create_task(listen(side, answering)) for side, answering in answers.items()]
         try:
@@ -282,6 +288,8 @@ class Server:
                 side, piece = await heard.get()
                 said[side] += piece.text
                 yield _event({"side": side, "text": piece.text, "end": piece.end})
+                if piece.end == "failed":
+                    return  # there is nothing to vote on
                 if piece.end is not None:
                     open_sides.discard(side)
             self.comparisons.answered(pair, said)

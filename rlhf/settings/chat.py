@@ -89,4 +89,6 @@ class ChatConfig:
     def __post_init__(self) -> None:
         require(self.context is None or self.context >= 2, f"context must be null or at least 2, got {self.context}")
         require(self.serve or self.compare is None, "compare is for the server's page: add chat.serve=true")
+        scored = not self.serve or self.reward is None or self.compare is not None
+        require(scored, "reward beside serve=true scores the two answers of a comparison: add chat.compare=DIR")
         require(not self.serve or self.system is None, "system is for the terminal: clients of the server send their own system message")

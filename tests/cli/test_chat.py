@@ -84,11 +84,14 @@ def test_settings_change_the_next_reply(chat: Callable[..., list[str]]) -> None:
         "name",
         "/set top_p=2",
         "/set topp=1",
+        "/set top_p=[",
+        "/set top_p=high",
     )
     assert said[1] == "temperature=0.0  top_k=0  top_p=0.95  max_new_tokens=6  seed=null"
     assert said[3].endswith("[cut at 1 tokens]")
     assert said[9] == "error: chat.reply.top_p must lie in (0, 1], got 2.0"
     assert said[10].startswith("error: topp: no such setting (did you mean 'top_p'?)")
+    assert said[11:] == ["error: '[' is no value: write a number, or null", "error: chat.reply.top_p: expected float, got 'high'"]
 
 
 def test_a_conversation_is_saved_once(chat: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -209,6 +212,9 @@ def test_a_server_that_cannot_be_is_refused(run_dir: Path, refused: Callable[...
     assert refused(*base, "chat.server.host=0.0.0.0").startswith("chat.server.host=0.0.0.0 can be reached from other machines")
     assert refused(*base, f"chat.compare={run_dir}/") == "chat.compare and checkpoint are the same: there is nothing to compare"
     assert refused(*base, f"chat.reward={run_dir}").endswith("add chat.compare=DIR")
+    assert refused(*base, "chat.compare=x", f"chat.server.votes={run_dir}/export/actor/config.json/votes.jsonl").startswith(
+        "chat.server.votes="
+    )
     assert refused("chat", f"checkpoint={run_dir}", "chat.compare=x") == "chat.compare is for the server's page: add chat.serve=true"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

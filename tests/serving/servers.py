@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import uvicorn
+from checkpoints import WORDS, save_policy
 
 from rlhf.serving.answerer import Answerer
 from rlhf.serving.app import Server
@@ -62,3 +64,14 @@ def questions(answerers: dict[str, Answerer], count: int) -> list[str]:
         if len(replies) == len(answerers) and all(replies):
             found.append(question)
     return found
+
+
+def loaded(folder: Path, *names: str, slots: int) -> Iterator[dict[str, Answerer]]:
+    """Checkpoints that differ, in memory while a test module runs."""
+    found = {}
+    for seed, name in enumerate(names):
+        save_policy(folder / name, seed=seed, tokenizer=WORDS)
+        found[name] = Answerer(str(folder / name), context=None, slots=slots, device="cpu", dtype="fp32")
+    yield found
+    for answerer in found.values():
+        answerer.close()

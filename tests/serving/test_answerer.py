@@ -100,6 +100,10 @@ def test_what_cannot_answer_is_refused(tmp_path: Path, policy: Path) -> None:
     assert "chat.context=97 is more than the 96 positions" in refusal(policy, context=97)
     if not torch.cuda.is_available():
         assert "no CUDA device is visible" in refusal(policy, device="cuda")
+    for content, said in (("{", "is not a valid JSON file"), ('{"model_type": "nosuch"}', "nosuch")):
+        (tmp_path / "odd").mkdir(exist_ok=True)
+        (tmp_path / "odd" / "config.json").write_text(content)
+        assert "config.json says nothing that can be loaded" in refusal(tmp_path / "odd") and said in refusal(tmp_path / "odd")
     (tmp_path / "bare" / "model.safetensors").write_bytes(b"short")
     assert "the weights in" in refusal(tmp_path / "bare")
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
-from checkpoints import WORDS, save_policy, save_reward
+from checkpoints import WORDS, save_reward
 from openai import OpenAI
-from servers import PLAIN, SOME_WORDS, alone, questions, serving, settings
+from servers import PLAIN, SOME_WORDS, alone, loaded, questions, serving, settings
 
 from rlhf.serving.answerer import Answerer
 from rlhf.serving.app import Server
@@ -28,14 +28,7 @@ TOKEN = "a long secret"
 
 @pytest.fixture(scope="module")
 def answerers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Answerer]]:
-    folder = tmp_path_factory.mktemp("models")
-    found = {}
-    for seed, name in enumerate(("before", "after")):
-        save_policy(folder / name, seed=seed, tokenizer=WORDS)
-        found[name] = Answerer(str(folder / name), context=None, slots=8, device="cpu", dtype="fp32")
-    yield found
-    for answerer in found.values():
-        answerer.close()
+    yield from loaded(tmp_path_factory.mktemp("models"), "before", "after", slots=8)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +140,7 @@ BAD: list[tuple[str, Any, int, str]] = [
     (CHAT, ASKED | {"messages": [{"role": "system", "content": "x"}]}, 400, "knows the roles user and assistant"),
     (CHAT, ASKED | {"messages": [{"role": "user", "content": "long " * 200}]}, 400, "the context holds 96 with the answer"),
     (CHAT, ASKED | {"messages": [{"role": "user", "content": "x" * 2**20}]}, 413, "the body is larger than 64 KB"),
+    (CHAT, ASKED | {"messages": [{"role": "user", "content": "x", "name": "ann"}]}, 400, "messages.0.name is not supported here"),
     (CHAT, ASKED | {"temperature": -1}, 400, "temperature: Input should be greater than or equal to 0"),
     (CHAT, ASKED | {"temperature": "hot"}, 400, "temperature: Input should be a valid number"),
     (CHAT, ASKED | {"top_p": 0}, 400, "top_p: Input should be greater than 0"),
@@ -290,6 +284,22 @@ def test_an_empty_or_equal_answer_makes_no_pair(tmp_path: Path) -> None:
         comparisons.vote(pair.id, "a")
     assert len((tmp_path / "votes.jsonl").read_text().splitlines()) == 1
     assert len((tmp_path / "votes.others.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_model_that_breaks_leaves_nothing_to_vote_on(
+    comparing: tuple[str, Path], answerers: dict[str, Answerer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _ = comparing
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("the model has stopped answering")
+
+    monkeypatch.setattr(answerers["after"], "submit", broken)
+    with httpx.stream("POST", f"{url}/compare", json={"prompt": "name"}, timeout=20) as answer:
+        events = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line]
+    assert events[-1]["end"] == "failed" and not any("ready" in event for event in events)
+    vote = httpx.post(f"{url}/compare/{events[0]['id']}/vote", json={"choice": "a"})
+    assert vote.status_code == 404
 
 
 def test_a_full_disk_loses_no_vote(comparing: tuple[str, Path], answerers: dict[str, Answerer], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from browser import Tab, binary, chromium
-from checkpoints import WORDS, save_policy, save_reward
-from servers import PLAIN, alone, questions, serving, settings
+from checkpoints import WORDS, save_reward
+from servers import PLAIN, alone, loaded, questions, serving, settings
 
 from rlhf.serving.answerer import Answerer
 from rlhf.serving.app import Server
@@ -27,14 +27,7 @@ TOKEN = "a long secret"
 
 @pytest.fixture(scope="module")
 def answerers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Answerer]]:
-    folder = tmp_path_factory.mktemp("models")
-    found = {}
-    for seed, name in enumerate(("my-sft", "my-ppo")):
-        save_policy(folder / name, seed=seed, tokenizer=WORDS)
-        found[name] = Answerer(str(folder / name), context=None, slots=4, device="cpu", dtype="fp32")
-    yield found
-    for answerer in found.values():
-        answerer.close()
+    yield from loaded(tmp_path_factory.mktemp("models"), "my-sft", "my-ppo", slots=4)
 
 
 @pytest.fixture
