@@ -15,10 +15,11 @@ from typing import Any
 
 from rlhf.config import UserError
 from rlhf.logging import log
-from rlhf.serving.answerer import Answerer
+from rlhf.serving.answerer import Answerer, export_of
 from rlhf.serving.judge import Judge
 from rlhf.settings import LOOPBACK
 
+KEYS = ("checkpoint", "chat.compare")
 SWITCH = 0.0005
 """Seconds that the server's thread may hold Python while the model's waits for it. Python's own 5 ms are longer than a step of a small model."""
 
@@ -39,11 +40,13 @@ def run_server(cfg: Any) -> None:
         raise UserError(f"chat.serve=true needs {error.name}: pip install 'rlhf[serve]'") from error
     chat, server = cfg.chat, cfg.chat.server
     names = _names(cfg.checkpoint, chat.compare)
+    for checkpoint, key in zip(names.values(), KEYS, strict=False):
+        export_of(checkpoint, key)  # the second one too, before the first one loads
     votes = None if chat.compare is None else _votes(Votes, server.votes)
     listener = _listen(server.host, server.port)
     answerers: dict[str, Answerer] = {}
     try:
-        for (name, checkpoint), key in zip(names.items(), ("checkpoint", "chat.compare"), strict=False):
+        for (name, checkpoint), key in zip(names.items(), KEYS, strict=False):
             answerers[name] = Answerer(checkpoint, context=chat.context, slots=server.slots, device=chat.device, dtype=chat.dtype, key=key)
         first = next(iter(answerers.values()))
         judge = None if chat.reward is None else Judge(chat.reward, device=first.device, dtype=first.dtype)

@@ -89,7 +89,7 @@ class Answerer:
         Raises:
             UserError: there is no such checkpoint, or nothing here can run it.
         """
-        self.folder = _folder(checkpoint, key)
+        self.folder = export_of(checkpoint, key)
         self.device = _device(device)
         self.dtype = DTYPES.get(dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         model, self.tokenizer = load_policy(self.folder, device=self.device, dtype=self.dtype)
@@ -147,7 +147,12 @@ class Answerer:
         self.worker.close(timeout)
 
 
-def _folder(checkpoint: str, key: str) -> Path:
+def export_of(checkpoint: str, key: str) -> Path:
+    """The folder in HF layout that a key names.
+
+    Raises:
+        UserError: there is none.
+    """
     try:
         return find_export(checkpoint, "actor")
     except UserError as error:

@@ -212,9 +212,10 @@ def test_a_server_that_cannot_be_is_refused(run_dir: Path, refused: Callable[...
     assert refused(*base, "chat.server.host=0.0.0.0").startswith("chat.server.host=0.0.0.0 can be reached from other machines")
     assert refused(*base, f"chat.compare={run_dir}/") == "chat.compare and checkpoint are the same: there is nothing to compare"
     assert refused(*base, f"chat.reward={run_dir}").endswith("add chat.compare=DIR")
-    assert refused(*base, "chat.compare=x", f"chat.server.votes={run_dir}/export/actor/config.json/votes.jsonl").startswith(
-        "chat.server.votes="
-    )
+    assert refused(*base, "chat.compare=nowhere").startswith("chat.compare=nowhere holds no model")
+    assert refused(
+        *base, f"chat.compare={run_dir}/export/actor", f"chat.server.votes={run_dir}/export/actor/config.json/votes.jsonl"
+    ).startswith("chat.server.votes=")
     assert refused("chat", f"checkpoint={run_dir}", "chat.compare=x") == "chat.compare is for the server's page: add chat.serve=true"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

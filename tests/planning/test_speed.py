@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import torch
 from plans import job, machine
+from tiny import config
 
 from rlhf.config import UserError
+from rlhf.models.factory import Blueprint, build_network
+from rlhf.planning.networks import FAMILIES
 from rlhf.planning.speed import ADAM_BYTES, Clock, TimePlan, forward_operations, padded, time_plan
 from rlhf.planning.workload import Workload
 
@@ -100,8 +105,22 @@ def test_engines_take_time_for_every_tensor() -> None:
     assert Clock(work, HARDWARE, slow).optimizer(actor) - clock(work).optimizer(actor) == pytest.approx(2 * 388 * 5e-4)
     adapted = job("lora@actor.lora=r128_only").roles["actor"]
     assert adapted.trained_tensors == 2 * 6 * L
-    beside = job("lora@actor.lora=r8").roles["actor"]
-    assert beside.lora is not None and beside.lora.only
+
+
+@pytest.mark.parametrize("lora", ["none", "r8", "r128", "r128_only"])
+@pytest.mark.parametrize("family", ["opt", "llama", "qwen2"])
+def test_tensors_that_learn_are_those_of_the_network(family: str, lora: str) -> None:
+    """Of a real one, adapters on; families with biases in all, some and no matrices."""
+    made = config(family)
+    actor = job(f"lora@actor.lora={lora}").roles["actor"]
+    model = build_network(
+        Blueprint(kind="causal", config=made, folder=None, lora=actor.lora, gradient_checkpointing=False, dtype=torch.float32),
+        sharded=nullcontext(), gather=lambda _: nullcontext(), is_writer=True,
+    )  # fmt: skip
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "tie_word_embeddings")
+    shape = made.to_dict() | {name: getattr(made, name) for name in names}
+    role = dataclasses.replace(actor, network=FAMILIES[made.model_type](shape))
+    assert role.trained_tensors == sum(p.requires_grad for p in model.parameters())
 
 
 def test_zero_3_takes_at_least_the_time_of_its_hooks() -> None:
