@@ -299,7 +299,7 @@ def test_the_table_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     rows = results(tmp_path, GOLDS)
     assert report.main(["--out", str(tmp_path), "--to", str(tmp_path / "to")]) == 0
     assert (tmp_path / "to" / "effects.png").stat().st_size > 1000
-    again = report.read_csv(tmp_path / "to" / "table.csv")
+    again = report.table(CELLS, record.read(tmp_path / "to" / "runs.csv"))
     assert [r["cell"] for r in again] == [r["cell"] for r in rows]
     assert report.markdown(again) == report.markdown(rows) == (tmp_path / "to" / "table.md").read_text()
     with (tmp_path / "to" / "table.csv").open(newline="") as f:
@@ -345,7 +345,10 @@ def test_keys_that_are_turned_together_say_so(tmp_path: Path) -> None:
     assert said["score_slot"].startswith("dschat with `end` and `pad_is_end=false`: ")
 
 
-def test_the_page_says_what_the_table_says() -> None:
-    """`python experiments/ablation_details/report.py --page docs/ppo_details.md` brings the page up to date."""
-    file = FOLDER / "table.csv"
-    assert report.filled(PAGE, report.read_csv(file) if file.is_file() else []) == PAGE
+def test_table_and_page_say_what_the_runs_say(tmp_path: Path) -> None:
+    """`python experiments/ablation_details/report.py --page docs/ppo_details.md` brings them up to date."""
+    (tmp_path / "runs.csv").write_text((FOLDER / "runs.csv").read_text())
+    assert report.main(["--to", str(tmp_path)]) == 0
+    for name in ("runs.csv", "table.csv", "table.md"):
+        assert (tmp_path / name).read_text() == (FOLDER / name).read_text(), name
+    assert report.filled(PAGE, report.table(CELLS, record.read())) == PAGE

@@ -7,26 +7,14 @@ import importlib
 import importlib.util
 import inspect
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from page_makers import maker
 
 ROOT = Path(__file__).parents[1]
-
-
-def maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-MAKER: Any = maker()
+MAKER: Any = maker("make_api")
 NAMES = [(module, name) for modules in MAKER.SURFACE.values() for module, names in modules.items() for name in names]
 
 

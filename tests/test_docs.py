@@ -6,10 +6,8 @@ Knows Markdown and Hydra; runs no command.
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from page_makers import maker
 
 from rlhf.cli.hydra_app import primary_config, with_own_group
 from rlhf.cli.main import VERBS
@@ -116,13 +115,8 @@ def test_a_path_in_the_text_exists(page: Path) -> None:
 
 
 def test_the_page_of_options_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("make_configuration", ROOT / "docs" / "make_configuration.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == module.render(), "run: python docs/make_configuration.py"
+    assert page == maker("make_configuration").render(), "run: python docs/make_configuration.py"
 
 
 def test_the_messages_explained_are_those_of_the_code() -> None:

@@ -1,6 +1,7 @@
 """Every run of the study as one line of `runs.csv`, kept in the repository: a sitting on any machine goes on where the last one stopped.
 
-Knows summaries and the file; knows no statistics. A run is deterministic, so that its line says what running it again would give.
+Knows summaries and the file; knows no statistics. Whether another machine gives the same numbers is for the SFT model's gold score
+to say: report.py refuses runs of one seed in which it differs.
 """
 
 from __future__ import annotations

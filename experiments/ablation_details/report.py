@@ -30,7 +30,6 @@ from rlhf.reporting.statistics import bootstrap, student
 
 MEANS = ("gold_sft", "kl", "length", "distinct_2", "reward")
 """Columns of a run that the table has as means over seeds."""
-TEXT = ("cell", "from", "set", "by_student_too", "verdict", "commit", "message")
 UNMEASURED = "not measured yet"
 
 Row = dict[str, Any]
@@ -101,12 +100,6 @@ def number(value: float, digits: int = 3, *, sign: bool = False) -> str:
 
 def interval(low: float, high: float, *, sign: bool = False) -> str:
     return "-" if math.isnan(low) else f"{number(low, sign=sign)} to {number(high, sign=sign)}"
-
-
-def read_csv(file: Path) -> list[Row]:
-    """The rows that `write_csv` wrote, numbers as numbers."""
-    with file.open(newline="", encoding="utf-8") as f:
-        return [{key: value if key in TEXT else float(value) for key, value in row.items()} for row in csv.DictReader(f)]
 
 
 def write_csv(rows: Sequence[Row], file: Path) -> None:
@@ -216,12 +209,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if mixed_seeds(runs):
         print(f"error: seeds {mixed_seeds(runs)} hold runs from different SFT models: run them again into one --out", file=sys.stderr)
         return 2
-    rows = table(load(), runs)
-    if not rows:
+    if not runs:
         print(f"error: {options.out or record} holds no results", file=sys.stderr)
         return 2
     options.to.mkdir(parents=True, exist_ok=True)
     write(runs, load(), record)
+    rows = table(load(), read(record))  # from what is kept, digits and all, so that anybody gets this table again
     write_csv(rows, options.to / "table.csv")
     (options.to / "table.md").write_text(markdown(rows), encoding="utf-8")
     figure(rows, options.to / "effects.png")
