@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 
 from rlhf.cli.main import main
 from rlhf.engines.launcher import RANK_VARIABLES
@@ -50,3 +51,18 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return lines[0].removeprefix("rlhf: error: ")
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def no_hydra_left() -> Iterator[None]:
+    yield
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def light(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Cells of this process's sweeps are jobs that train nothing; the folder of the sweep."""
+    monkeypatch.setattr("rlhf.cli.sweep_run.CELL", (sys.executable, str(Path(__file__).with_name("light.py")), "cell"))
+    monkeypatch.setenv("LIGHT_PYTHON", str(tmp_path / "python"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return tmp_path / "sweep"
