@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from rlhf.cli.rundir import write_atomically
@@ -50,6 +51,9 @@ def run_chat(config: Mapping[str, Any]) -> dict[str, Any]:
 
         run_server(cfg)
         return done
+    idle = next((word for word in HydraConfig.get().overrides.task if word.lstrip("+").startswith("chat.server.")), None)
+    if idle is not None:
+        raise UserError(f"{idle} is for the server, and this is the terminal: add chat.serve=true, or leave it out")
     answerer = Answerer(cfg.checkpoint, context=chat.context, slots=1, device=chat.device, dtype=chat.dtype)
     try:
         judge = None if chat.reward is None else Judge(chat.reward, device=answerer.device, dtype=answerer.dtype)

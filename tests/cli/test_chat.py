@@ -128,6 +128,7 @@ def test_what_is_wrong_is_refused(run_dir: Path, tmp_path: Path, refused: Callab
     assert refused("chat", f"checkpoint={tmp_path}").startswith(f"checkpoint={tmp_path} holds no model")
     assert refused("chat", f"checkpoint={run_dir}", "chat.reply.temperature=-1") == "chat.reply.temperature must lie in [0, 10], got -1.0"
     assert "chat.context=4096 is more than the 96 positions" in refused("chat", f"checkpoint={run_dir}", "chat.context=4096")
+    assert refused("chat", f"checkpoint={run_dir}", "chat.server.port=9").startswith("chat.server.port=9 is for the server, and this is")
     assert refused("chat", "chekpoint=x").startswith("chekpoint: no such key (did you mean 'checkpoint'?)")
 
 
@@ -205,6 +206,11 @@ def test_a_server_that_is_told_to_stop_finishes_its_answers(tmp_path: Path) -> N
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_server_needs_its_libraries(run_dir: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert refused("chat", f"checkpoint={run_dir}", "chat.serve=true") == "chat.serve=true needs uvicorn: pip install 'rlhf[serve]'"
 
 
 def test_a_server_that_cannot_be_is_refused(run_dir: Path, refused: Callable[..., str]) -> None:
