@@ -83,6 +83,8 @@ def server(options: argparse.Namespace) -> float:
             for _ in range(1 + options.repeats):
                 began = time.perf_counter()
                 drawn = sum(pool.map(ask, range(options.clients)))
+                if drawn < options.clients * options.tokens:
+                    raise SystemExit(f"{drawn} tokens came instead of {options.clients} x {options.tokens}: answers that end early cannot be compared")
                 rounds.append(drawn / (time.perf_counter() - began))
         return sorted(rounds[1:])[len(rounds[1:]) // 2]
     finally:

@@ -61,8 +61,7 @@ class RoleStrategy(DeepSpeedStrategy):
         self.kept: dict[str, Stateful] = {}
         """What else a checkpoint holds of each rank, by name."""
         self._align_overflow = align_overflow
-        if threads is not None:
-            torch.set_num_threads(threads)
+        self._threads = threads
 
     # --- what Lightning asks for ---
 
@@ -77,6 +76,8 @@ class RoleStrategy(DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         DDPStrategy.setup_environment(self)  # the stock one refuses everything but CUDA
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)  # not earlier: Lightning's launcher sets a number of its own
 
     def model_sharded_context(self) -> Any:
         return nullcontext()  # each role has its own: see `connect`

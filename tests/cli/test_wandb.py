@@ -117,6 +117,7 @@ def test_a_run_says_where_it_belongs_and_what_it_was(step: str, runs: Path) -> N
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert {key: record.config[key] for key in saved} == saved
     assert (record.config["commit"], record.config["machine"]) == (summary(folder)["commit"], summary(folder)["hardware"])
+    assert record.config["machine"]["threads"] == 1  # Lightning's launcher would have all cores
     assert record.config["sweep"] == {"name": "kl", "cell": "0"}
     assert record.config.get("pipeline") == (None if step == "pipeline" else "0")
     assert record.exit_code == 0
