@@ -1,10 +1,11 @@
 """Runs the cells of a table that a machine can run, and appends them to its results.csv:
 
-    python experiments/paper/measure.py TABLE hardware=h100-80g trainer.devices=1 [more overrides of rlhf bench step] [--show]
+    python experiments/paper/measure.py TABLE hardware=h100-80g-vm trainer.devices=1 [models=opt-1.3b,...] [more overrides of rlhf bench step] [--show]
 
-A cell belongs to a machine if its hardware is the machine's and its GPUs are all of them. The layout is the one that the planner chose for
+TABLE may be several with commas between: an actor runs once for all of them. A cell belongs to a machine if its hardware is the machine's and its GPUs are all of them. The layout is the one that the planner chose for
 our engine (modelled.csv), the models have random weights, and every answer has 256 tokens, so neither data nor downloads are needed.
-`--show` prints the commands and runs nothing. For `largest` actors are tried from the largest that the planner thinks fits down to the first
+An override of the user's takes the place of the layout's: `ppo.batch_size=256 ppo.minibatch_size=256` where 1024 sequences take too long. `models=`
+takes some of a table's actors. `--show` prints the commands and runs nothing. For `largest` actors are tried from the largest that the planner thinks fits down to the first
 that completes its iterations; `hardware.host_memory_gb=N` says what the host really has.
 """
 
@@ -36,6 +37,8 @@ class Machine:
     num_nodes: int
     more: Words
     """Overrides for every run."""
+    models: Words = ()
+    """Actors to run; all without."""
 
     @property
     def gpus(self) -> int:
@@ -53,22 +56,24 @@ def machine_of(words: Sequence[str]) -> Machine:
     bare = [word for word in words if "=" not in word]
     if bare or "hardware" not in given:
         raise SystemExit(f"say hardware=NAME trainer.devices=N, and overrides as key=value{': ' + ' '.join(bare) if bare else ''}")
-    own = ("hardware", "trainer.devices", "trainer.num_nodes")
-    devices, nodes = (given.get(key, "1") for key in own[1:])
+    own = ("hardware", "trainer.devices", "trainer.num_nodes", "models")
+    devices, nodes = (given.get(key, "1") for key in own[1:3])
     if not (devices.isdecimal() and nodes.isdecimal() and int(devices) and int(nodes)):
         raise SystemExit(f"trainer.devices={devices} and trainer.num_nodes={nodes} must be whole numbers of at least 1")
     return Machine(
         given["hardware"], int(devices), int(nodes),
-        tuple(word for word in words if word.split("=", 1)[0] not in own),
+        tuple(word for word in words if word.split("=", 1)[0] not in own), tuple(filter(None, given.get("models", "").split(","))),
     )  # fmt: skip
 
 
 def command(machine: Machine, model: str, batch: int, layout: Words) -> list[str]:
     """One run of `rlhf bench step`, without its run directory."""
+    own = {word.split("=", 1)[0] for word in machine.more}
+    planned = (f"ppo.batch_size={batch}", f"ppo.minibatch_size={batch}", *layout)
     return [
         "rlhf", "bench", "step", *PROTOCOL, f"hardware={machine.hardware}", f"trainer.devices={machine.devices}",
         *([f"trainer.num_nodes={machine.num_nodes}"] if machine.num_nodes > 1 else []), f"model@actor.model={model}",
-        f"ppo.batch_size={batch}", f"ppo.minibatch_size={batch}", *layout, *machine.more,
+        *(word for word in planned if word.split("=", 1)[0] not in own), *machine.more,
     ]  # fmt: skip
 
 
@@ -96,14 +101,15 @@ def cells_of(table: str, machine: Machine) -> list[Line]:
     return [row for row in read(table, "modelled.csv") if (row["hardware"], row["gpus"]) == (machine.hardware, str(machine.gpus))]
 
 
-def runs(table: str, machine: Machine) -> Iterator[tuple[str, int, Words, list[Line]]]:
-    """(model, batch, layout, lines that the run answers): one run for all quantities of a model."""
-    by_model: dict[str, list[Line]] = {}
-    for row in cells_of(table, machine):
-        if row["quantity"] != "largest" and row[OURS]:
-            by_model.setdefault(row["model"], []).append(row)
+def runs(tables: Sequence[str], machine: Machine) -> Iterator[tuple[str, int, Words, list[tuple[str, Line]]]]:
+    """(model, batch, layout, (table, line) that the run answers): one run for all quantities of a model."""
+    by_model: dict[str, list[tuple[str, Line]]] = {}
+    for table, row in ((table, row) for table in tables for row in cells_of(table, machine)):
+        if row["quantity"] != "largest" and row[OURS] and (not machine.models or row["model"] in machine.models):
+            by_model.setdefault(row["model"], []).append((table, row))
     for model, rows in by_model.items():
-        yield model, int(rows[0][f"batch_{OURS}"]), tuple(rows[0][f"layout_{OURS}"].split()), rows
+        first = rows[0][1]
+        yield model, int(first[f"batch_{OURS}"]), tuple(first[f"layout_{OURS}"].split()), rows
 
 
 def candidates(row: Line, machine: Machine) -> Iterator[tuple[str, int, Words]]:
@@ -127,27 +133,33 @@ def main(words: Sequence[str]) -> int:
     """0: every cell that belongs to the machine was measured."""
     show = "--show" in words
     names = [word for word in words if word != "--show"]
-    if not names or names[0] not in QUANTITIES:
+    tables = names[0].split(",") if names else []
+    if not tables or not set(tables) <= set(QUANTITIES):
         raise SystemExit(f"name a table first: {', '.join(QUANTITIES)}")
-    table, machine = names[0], machine_of(names[1:])
-    if not cells_of(table, machine):
-        raise SystemExit(f"{table} has no cell for {machine.gpus} x {machine.hardware}")
+    machine = machine_of(names[1:])
+    for table in tables:
+        if not cells_of(table, machine):
+            raise SystemExit(f"{table} has no cell for {machine.gpus} x {machine.hardware}")
     missed = []
-    for model, batch, layout, rows in runs(table, machine):
+    for model, batch, layout, rows in runs(tables, machine):
         words = command(machine, model, batch, layout)
         print(shlex.join(words), flush=True)
-        bench = None if show else run(words, Path("runs") / "paper" / table / f"{machine.gpus}x{machine.hardware}" / model)
+        bench = None if show else run(words, folder(machine, model))
         missed += [model] if bench is None else []
-        for row in rows if bench is not None else ():
+        for table, row in rows if bench is not None else ():
             assert bench is not None
             value = measured(bench, machine)[row["quantity"]]
             if value is not None:
                 append(table, row, value, bench, words)
-    for row in (row for row in cells_of(table, machine) if row["quantity"] == "largest"):
+    for table, row in ((table, row) for table in tables for row in cells_of(table, machine) if row["quantity"] == "largest"):
         missed += [] if largest(table, row, machine, show=show) else ["largest"]
     if missed and not show:
         print(f"not measured: {', '.join(missed)}", file=sys.stderr)
     return 1 if missed and not show else 0
+
+
+def folder(machine: Machine, model: str) -> Path:
+    return Path("runs") / "paper" / f"{machine.gpus}x{machine.hardware}" / model
 
 
 def largest(table: str, row: Line, machine: Machine, *, show: bool) -> bool:
@@ -155,7 +167,7 @@ def largest(table: str, row: Line, machine: Machine, *, show: bool) -> bool:
     for model, batch, layout in candidates(row, machine):
         words = command(machine, model, batch, layout)
         print(shlex.join(words), flush=True)
-        bench = None if show else run(words, Path("runs") / "paper" / table / f"{machine.gpus}x{machine.hardware}" / model)
+        bench = None if show else run(words, folder(machine, model))
         if bench is not None:
             append(table, row, SIZES[model], bench, words)
             return True

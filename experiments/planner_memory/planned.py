@@ -17,7 +17,7 @@ from rlhf.planning.report import machine_of
 from rlhf.planning.workload import workload
 
 HERE = Path(__file__).parent
-CARD = "h100-80g"
+CARD = "h100-80g-vm"
 
 
 @dataclass(frozen=True)
