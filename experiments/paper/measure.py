@@ -104,7 +104,7 @@ def cells_of(table: str, machine: Machine) -> list[Line]:
 def runs(tables: Sequence[str], machine: Machine) -> Iterator[tuple[str, int, Words, list[tuple[str, Line]]]]:
     """(model, batch, layout, (table, line) that the run answers): one run for all quantities of a model."""
     by_model: dict[str, list[tuple[str, Line]]] = {}
-    for table, row in ((table, row) for table in tables for row in cells_of(table, machine)):
+    for table, row in ((name, row) for name in tables for row in cells_of(name, machine)):
         if row["quantity"] != "largest" and row[OURS] and (not machine.models or row["model"] in machine.models):
             by_model.setdefault(row["model"], []).append((table, row))
     for model, rows in by_model.items():
@@ -151,7 +151,7 @@ def main(words: Sequence[str]) -> int:
             value = measured(bench, machine)[row["quantity"]]
             if value is not None:
                 append(table, row, value, bench, words)
-    for table, row in ((table, row) for table in tables for row in cells_of(table, machine) if row["quantity"] == "largest"):
+    for table, row in ((name, row) for name in tables for row in cells_of(name, machine) if row["quantity"] == "largest"):
         missed += [] if largest(table, row, machine, show=show) else ["largest"]
     if missed and not show:
         print(f"not measured: {', '.join(missed)}", file=sys.stderr)
