@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ FEW = 5
 """An option that sets more keys than these is described by its comment alone."""
 LONG = 120
 """A value with more characters is left to its file."""
+
+SAID_HERE = {
+    "seed": ("int", "Of everything random."),
+    "run_dir": ("str", "The run directory. It must not hold another run."),
+    "resume": ("bool", ""),
+    "steps": ("list[str]", "Steps of a pipeline that are run, in this order."),
+    "checkpoint": ("str | null", "The run directory, or folder in HF layout, that is talked to."),
+    "chat.server.host": ("str", "Address that the server listens on; 0.0.0.0: all of this machine's."),
+    "chat.device": ("auto or cpu or cuda", "auto: a GPU if there is one."),
+}
+"""Type and meaning of keys outside the groups that have no settings class, or whose field has no docstring."""
 
 INTRODUCTION = """\
 # Configuration
@@ -39,6 +51,7 @@ class Field:
     """One key of a settings class."""
 
     name: str
+    """Of a key in a nested section with the section's names before it: `server.port`."""
     kind: str
     meaning: str
 
@@ -46,7 +59,7 @@ class Field:
 def render() -> str:
     """The whole page."""
     settings = read_settings()
-    parts = [INTRODUCTION, "## Verbs\n", *_verbs(), "## Groups\n"]
+    parts = [INTRODUCTION, "## Verbs\n", *_verbs(settings), "## Groups\n"]
     for folder in sorted(path for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_")):
         parts += _group(folder, settings)
     return "\n".join(parts).rstrip() + "\n"
@@ -70,12 +83,17 @@ def leading_comment(file: Path) -> str:
 
 
 def line_comments(file: Path) -> dict[str, str]:
-    """The comment behind each top-level key."""
-    found = {}
+    """The comment behind each key, by its whole path."""
+    found: dict[str, str] = {}
+    path: list[tuple[int, str]] = []
     for line in file.read_text(encoding="utf-8").splitlines():
-        key, colon, rest = line.partition(":")
-        if colon and key.isidentifier() and " # " in rest.replace("  #", " #"):
-            found[key] = rest.partition(" #")[2].strip()
+        key, colon, rest = line.lstrip().partition(":")
+        if not colon or not re.fullmatch(r"[\w/]+", key):
+            continue
+        indent = len(line) - len(line.lstrip())
+        path = [*((before, name) for before, name in path if before < indent), (indent, key)]
+        if " # " in rest.replace("  #", " #"):
+            found[".".join(name for _, name in path)] = rest.partition(" #")[2].strip()
     return found
 
 
@@ -84,16 +102,19 @@ def values(file: Path) -> dict[str, Any]:
 
 
 def read_settings() -> dict[str, list[Field]]:
-    """Fields of every settings class, inherited ones first."""
+    """Fields of every settings class, inherited ones first. One that is a section, and of which nothing is said, is what its class is."""
     own: dict[str, tuple[list[str], list[Field]]] = {}
+    about: dict[str, str] = {}
     for file in sorted((ROOT / "rlhf" / "settings").glob("*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 own[node.name] = ([base.id for base in node.bases if isinstance(base, ast.Name)], list(_fields(node)))
+                about[node.name] = " ".join((ast.get_docstring(node) or "").split())
 
     def all_fields(name: str) -> list[Field]:
         bases, fields = own[name]
-        return [field for base in bases if base in own for field in all_fields(base)] + fields
+        inherited = [field for base in bases if base in own for field in all_fields(base)]
+        return inherited + [replace(field, meaning=field.meaning or about.get(field.kind, "")) for field in fields]
 
     return {name: all_fields(name) for name in own}
 
@@ -106,7 +127,8 @@ def _fields(node: ast.ClassDef) -> Iterator[Field]:
 
 def _kind(annotation: ast.expr) -> str:
     text = ast.unparse(annotation).replace("None", "null")
-    return text.removeprefix("Literal[").removesuffix("]").replace("'", "").replace(",", " or") if text.startswith("Literal") else text
+    text = re.sub(r"Literal\[(.*?)\]", lambda found: found.group(1).replace("'", "").replace(",", " or"), text)
+    return text.replace(" | ", " or ") if "Literal" in ast.unparse(annotation) else text
 
 
 def _docstring(node: ast.stmt | None) -> str:
@@ -130,18 +152,63 @@ def code(value: Any) -> str:
     return f"`{text}`" if len(text) <= LONG else "see the file"
 
 
-def _verbs() -> list[str]:
+def _verbs(settings: dict[str, list[Field]]) -> list[str]:
     files = [file for file in sorted(CONF.glob("*.yaml")) if file.stem != "base"]
     rows = [[f"`{file.stem.replace('_', ' ')}`", leading_comment(file), _groups_of(file)] for file in files]
     base = CONF / "base.yaml"
-    comments = line_comments(base)
-    keys = [[f"`{key}`", code(value), comments.get(key, "")] for key, value in values(base).items() if key not in ("defaults", "hydra")]
-    return [
+    alone = [f"`{file.stem}`" for file in files if "base" not in values(file)["defaults"]]
+    parts = [
         *table(["verb", "does", "groups beside those of every verb"], rows),
-        f"Every verb but `report`: {_groups_of(base)}.\n",
-        *table(["key of these verbs", "value", ""], keys),
-        "`pipeline` also has `steps`, the steps it runs: " + code(values(CONF / "pipeline.yaml")["steps"]) + ".\n",
+        f"Every verb but {' and '.join(alone)}: {_groups_of(base)}.\n",
+        "Keys of these verbs that are in no group:\n",
+        *_loose_keys(base, settings),
     ]
+    for file in files:
+        if set(values(file)) - {"defaults", "hydra", "verb", *_of_groups(file)}:
+            parts += [f"Keys of `{file.stem.replace('_', ' ')}` that are in no group:\n", *_loose_keys(file, settings)]
+    return parts
+
+
+def _loose_keys(file: Path, settings: dict[str, list[Field]]) -> list[str]:
+    """Keys that the file of a verb, or of every verb, holds itself, those of its sections by their settings class."""
+    comments, rows = line_comments(file), []
+    for key, value in values(file).items():
+        if key in ("defaults", "hydra", "verb", *_of_groups(file)):
+            continue
+        if isinstance(value, dict) and "_target_" in value:
+            said = comments.get(key, "")
+            rows += [[f"`{key}`", _class(value), "", said, ""]] if said else []
+            rows += _section_rows(key, value, comments, settings)
+        else:
+            kind, meaning = SAID_HERE.get(key, ("", ""))
+            rows.append([f"`{key}`", kind, code(value), meaning, comments.get(key, "")])
+    return table(["key", "type", "value", "meaning", "note in the file"], rows)
+
+
+def _section_rows(prefix: str, given: dict[str, Any], comments: dict[str, str], settings: dict[str, list[Field]]) -> list[list[str]]:
+    """A row for each key of a section, those of the sections in it behind them."""
+    rows: list[list[str]] = []
+    nested: list[list[str]] = []
+    for field in settings[_class(given)]:
+        key, value = f"{prefix}.{field.name}", given.get(field.name)
+        section = isinstance(value, dict) and "_target_" in value
+        kind, meaning = SAID_HERE.get(key, (field.kind, field.meaning))
+        rows.append([f"`{key}`", kind, "" if section else code(value), meaning, comments.get(key, "")])
+        nested += _section_rows(key, value, comments, settings) if isinstance(value, dict) and section else []
+    return rows + nested
+
+
+def _class(section: dict[str, Any]) -> str:
+    """Name of the settings class that a section is built into; empty where it is none of rlhf.settings."""
+    module, _, name = str(section.get("_target_", "")).rpartition(".")
+    return name if module == "rlhf.settings" else ""
+
+
+def _of_groups(file: Path) -> set[str]:
+    """Places that the file's groups are put at, those of every verb among them: a key below one of them changes what its option says."""
+    listed = values(file)["defaults"] + (values(CONF / "base.yaml")["defaults"] if "base" in values(file)["defaults"] else [])
+    chosen = [key for item in listed if isinstance(item, dict) for key in item]
+    return {(key.partition("@")[2] or key).partition(".")[0] for key in chosen}
 
 
 def _groups_of(file: Path) -> str:
@@ -156,7 +223,21 @@ def _group(folder: Path, settings: dict[str, list[Field]]) -> list[str]:
     parts = [f"### {folder.name}\n", *table(["option", "what it is", "sets"], rows)]
     for name, base in _classes(files).items():
         parts += [f"Keys, with the values of `{base.stem}`:\n", *_keys(settings[name], base, settings)]
-    return parts
+    return parts + _entries(files)
+
+
+def _entries(files: list[Path]) -> list[str]:
+    """Keys of a group whose options are lists of objects, such as callbacks: each entry as the first file says that has it."""
+    rows, seen = [], set()
+    for file in files:
+        comments = line_comments(file)
+        for name, entry in values(file).items():
+            if isinstance(entry, dict) and "_target_" in entry and not _class(entry) and name not in seen:
+                seen.add(name)
+                rows.append([f"`{name}`", f"`{entry['_target_']}`", f"`{file.stem}`", comments.get(name, "")])
+                for key, value in _leaves({key: value for key, value in entry.items() if key != "_target_"}, f"{name}."):
+                    rows.append([f"`{key}`", code(value), f"`{file.stem}`", comments.get(key, "")])
+    return table(["key", "value", "of option", "note in the file"], rows) if rows and not _classes(files) else []
 
 
 def _sets(file: Path) -> str:
@@ -177,7 +258,7 @@ def _classes(files: list[Path]) -> dict[str, Path]:
     """Settings classes that a group's files name, each with the first file (in reading order) that sets most of its keys."""
     found: dict[str, Path] = {}
     for file in files:
-        name = str(values(file).get("_target_", "")).rpartition("rlhf.settings.")[2]
+        name = _class(values(file))
         if name and (name not in found or len(values(file)) > len(values(found[name]))):
             found[name] = file
     return found
@@ -191,7 +272,14 @@ def _keys(fields: list[Field], base: Path, settings: dict[str, list[Field]]) -> 
         value = "" if field.name not in given or (inner and "_target_" not in given[field.name]) else code(given[field.name])
         if inner and isinstance(given.get(field.name), dict) and "_target_" in given[field.name]:
             nested += [
-                [f"`{field.name}.{f.name}`", f.kind, code(given[field.name].get(f.name)), f.meaning, ""] for f in settings[field.kind]
+                [
+                    f"`{field.name}.{f.name}`",
+                    f.kind,
+                    code(given[field.name].get(f.name)),
+                    f.meaning,
+                    comments.get(f"{field.name}.{f.name}", ""),
+                ]
+                for f in settings[field.kind]
             ]
             value = ""
         rows.append([f"`{field.name}`", field.kind, value, field.meaning, comments.get(field.name, "")])

@@ -44,8 +44,8 @@ def test_the_wheel_holds_the_package_and_its_configuration_and_nothing_else(whee
     configs = {f"rlhf/{name}" for name in files("conf", ".yaml")}
     assert len(configs) > 100
     inside = {name for name in names if ".dist-info/" not in name}
-    pages = {path for kind in (".html", ".css", ".js") for path in files("rlhf", kind)}
-    assert len(pages) >= 4 and inside == modules | configs | pages | files("rlhf", "py.typed")
+    pages = {path for kind in (".html", ".css", ".js", ".yaml") for path in files("rlhf", kind)}
+    assert len(pages) >= 7 and inside == modules | configs | pages | files("rlhf", "py.typed")
 
 
 def test_the_wheel_brings_the_command(wheel: Path) -> None:

@@ -314,6 +314,7 @@ class Result:
             "status": status,
             "message": message,
             "place": None if status == "done" else watch.place,
+            "ranks": self.job.world,
             "config": {"batch_size": cfg.ppo.batch_size, "sequences": self.sequences, **dataclasses.asdict(self.job.bench)},
             "roles": {name: role_facts(cfg, name) for name in ("actor", "critic", "ref", "reward")},
             "copy_bytes_per_s": self.rates.bandwidth,

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from rlhf.cli.hydra_app import conf_dir
+import rlhf.data
 from rlhf.config import UserError, nearest
 from rlhf.data.chat import format_answer, format_prompt
 from rlhf.data.encode import Limits
@@ -24,8 +24,8 @@ from rlhf.settings import ChatFormat
 KEY = "evaluation.fixed_prompts"
 FIELDS = ("prompt", "good", "bad")
 YAML = (".yaml", ".yml")
-BUILT_IN = Path("evaluation") / "prompts"
-"""Below conf/: a file for each language."""
+BUILT_IN = Path(rlhf.data.__file__).parent / "prompts"
+"""A file for each language."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def read_prompts(name: str) -> list[FixedPrompt]:
     Raises:
         UserError: there is no such language or file, or an entry is malformed; the message names file and line.
     """
-    languages = {file.stem: file for file in sorted((conf_dir() / BUILT_IN).glob("*.yaml"))}
+    languages = {file.stem: file for file in sorted(BUILT_IN.glob("*.yaml"))}
     path = languages.get(name, Path(name))
     if name not in languages and not path.suffix:
         raise UserError(f"{KEY}={name}: there are {', '.join(languages)}{nearest(name, languages)}, or name a file of your own")

@@ -79,11 +79,12 @@ def run_report(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _study(cfg: ReportConfig, runs: list[Path]) -> dict[str, float]:
     """Writes and prints the report of the runs; returns the best cell's mean."""
+    from rlhf.cli.report_evaluation import read_evaluated
     from rlhf.cli.report_study import print_study
     from rlhf.reporting.study import write_report
 
     out = runs[0] if cfg.out is None else Path(cfg.out)
-    study = write_report(runs, out, cfg.metric, cfg.baseline, cfg.metrics, cfg.direction)
+    study = write_report(runs, out, cfg.metric, cfg.baseline, cfg.metrics, cfg.direction, read_evaluated)
     print_study(study, out)
     best = study.best()
     return {} if best is None or study.metric is None else {study.metric: best.estimates[study.metric].mean}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.cli.evaluate_page import ROWS, comparison_table, print_answers
+from rlhf.reporting.steps import Change, changes, step_metrics
 
 __all__ = ["ROWS", "plot_pipeline", "print_pipeline", "read_columns", "smoothed"]
 
@@ -20,19 +22,12 @@ CURVES = {
     "ppo": [("rollout/reward", "PPO: reward"), ("rollout/kl", "PPO: KL to ref, nats an answer"), ("rollout/length", "PPO: answer length")],
 }
 SAMPLES = 4
-STEPS = {
-    "SFT: perplexity of held-out answers": ("sft/perplexity_before", "sft/perplexity"),
-    "reward model: accuracy on held-out pairs": ("reward/accuracy_before", "reward/accuracy"),
-    "PPO: gold score": ("gold/{before}", "gold/{after}"),
-    "PPO: reward": ("reward/{before}", "reward/{after}"),
-}
-"""What each step changed -> the metric before it and after it; `before` and `after` are the policies' names."""
 
 
 def print_pipeline(run_dir: Path, metrics: dict[str, float], seconds: dict[str, float], names: list[str], plot: Path | None) -> None:
     """What each step changed, a table of both policies, a few answers, and where everything lies."""
     console = Console()
-    steps = steps_table(metrics, names)
+    steps = steps_table(changes(step_metrics(run_dir), names))
     if steps.row_count:
         console.print(steps)
     table = comparison_table(f"{run_dir.name}: held out, same sampling", metrics, names)
@@ -46,16 +41,13 @@ def print_pipeline(run_dir: Path, metrics: dict[str, float], seconds: dict[str, 
     )
 
 
-def steps_table(metrics: dict[str, float], names: list[str]) -> Table:
-    """A row for each step that was measured before and after it."""
+def steps_table(found: Sequence[Change]) -> Table:
+    """A row for each number that was taken before a step and after it."""
     table = Table("", title="what each step changed")
     for column in ("before", "after"):
         table.add_column(column, justify="right")
-    policies = dict(zip(("before", "after"), names, strict=True))
-    for label, pair in STEPS.items():
-        values = [metrics.get(name.format(**policies)) for name in pair]
-        if None not in values:
-            table.add_row(label, *(f"{value:.3f}" for value in values))
+    for change in found:
+        table.add_row(change.label, f"{change.before:.3f}", f"{change.after:.3f}")
     return table
 
 

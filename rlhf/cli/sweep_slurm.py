@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import yaml
 from rlhf.cli import rundir, sweep_run
 from rlhf.cli.sweep_run import Place
 from rlhf.settings import SlurmSweepConfig
-from rlhf.sweeping.cells import Cell
+from rlhf.sweeping.cells import Cell, read_summary, write_summary
 from rlhf.sweeping.scheduler import Handle
-from rlhf.sweeping.slurm import Work, executor, still_there, submit
+from rlhf.sweeping.slurm import Work, executor, still_there, submit, watch
 
 QUEUE = 1000
 """Cells that wait in the cluster's queue at a time, where sweep.jobs does not say: the cluster has limits of its own."""
@@ -24,14 +25,14 @@ class Cluster:
     """
 
     def __init__(self, directory: Path, settings: SlurmSweepConfig) -> None:
-        self.directory, self.settings = directory, settings
+        self.directory, self.settings, self.watch = directory, settings, watch(settings)
 
     def folder(self, cell: Cell) -> Path:
         return self.directory / "slurm" / cell.folder
 
     def submit(self, cell: Cell, config: dict[str, Any], folder: Path) -> Handle:
         """One node: a task that starts its ranks. Several: a task for each rank, which read the config that is claimed here."""
-        trainer, log = config["trainer"], folder / "log.txt"
+        trainer = config["trainer"]
         nodes = trainer["num_nodes"]
         cluster = executor(
             self.folder(cell), self.settings, name=f"{self.directory.name}-{cell.folder}", nodes=nodes, devices=trainer["devices"],
@@ -41,11 +42,25 @@ class Cluster:
         if nodes > 1:
             rundir.claim(folder, config)
             command, stdin = (*command[:2], "rlhf.cli.rank", str(folder / "config.yaml")), ""
-        return submit(cluster, Work(command, stdin, str(log), ranks=nodes > 1), self.settings.executor)
+        work = Work(command, stdin, str(folder / "log.txt"), ranks=nodes > 1)
+        return submit(cluster, work, self.settings.executor, self.watch, lambda what: record_lost(folder, config, what))
 
     def attach(self, cell: Cell, folder: Path) -> Handle | None:
         """The job of an earlier command, which the cluster goes on with whether or not somebody watches."""
-        return still_there(self.folder(cell), folder / "log.txt") if self.settings.executor == "slurm" else None
+        if self.settings.executor != "slurm":
+            return None
+        saved = rundir.saved_config(folder)
+        return still_there(self.folder(cell), folder / "log.txt", self.watch, lambda what: record_lost(folder, saved, what))
+
+
+def record_lost(folder: Path, config: Mapping[str, Any] | None, what: str) -> None:
+    """The summary of a cell whose job has vanished, so that the table, too, says what was looked at. One that the job has written stands."""
+    if config is not None and read_summary(folder) is None:
+        summary = {
+            "verb": config["verb"], "status": "failed", "seed": config["seed"], "commit": rundir.commit(), "hardware": {}, "config": dict(config),
+            "metrics": {}, "seconds": {}, "error": f"RuntimeError: {what}",
+        }  # fmt: skip
+        write_summary(folder, summary)
 
 
 def cluster(directory: Path, settings: SlurmSweepConfig) -> Place:

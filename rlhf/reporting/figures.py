@@ -52,6 +52,22 @@ class Panel:
     curves: tuple[Curve, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """Comparisons of which a reward model is about equally sure."""
+
+    name: str
+    """In percent: 50-55."""
+    count: int
+    predicted: float
+    """Mean probability, by the model, that its choice is right."""
+    right: float
+    """Share where it is."""
+    low: float
+    high: float
+    """Interval of that share."""
+
+
 def coloured(study: Study) -> dict[str, int]:
     """Name of a cell -> place of its colour in COLOURS; the others are grey."""
     others = [result.name for result in study.ranked() if result.name != study.baseline][: SHOWN - 1]
@@ -151,6 +167,19 @@ def draw_effects(axis: Any, study: Study, results: Sequence[Result], colours: di
     axis.set_ylim(-0.7, len(results) - 0.3)
     axis.grid(axis="y", visible=False)
     axis.set_xlabel(f"difference in {study.metric} to {study.baseline}, seed by seed; 95 % bootstrap interval")
+
+
+def draw_calibration(axis: Any, points: Sequence[Bin]) -> None:
+    """How often a model is right against how sure it is, with intervals; the dashed line is where both are equal."""
+    axis.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=0.8, linestyle="--")
+    reach = [[one.right - one.low for one in points], [one.high - one.right for one in points]]
+    axis.errorbar(
+        [one.predicted for one in points], [one.right for one in points], yerr=np.clip(reach, 0, None), fmt="o-", color=COLOURS[1], markersize=4,
+        linewidth=1.5, elinewidth=1.2,
+    )  # fmt: skip
+    axis.set_xlim(0.49, 1.01)
+    axis.set_ylim(min(0.45, *(one.low for one in points)) - 0.02, 1.03)
+    axis.set_xlabel("probability that its choice is right, by the model")
 
 
 def effects_of(study: Study) -> list[Result]:

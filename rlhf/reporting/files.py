@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from rlhf.config import UserError
 from rlhf.reporting import figures
+from rlhf.reporting.evaluated import Evaluated
 from rlhf.reporting.html import as_html
+from rlhf.reporting.runs import Run
 from rlhf.reporting.study import Study
 from rlhf.reporting.study_table import as_csv, as_markdown
 
@@ -15,17 +18,25 @@ PAGE, TABLE, MARKDOWN = "report.html", "table.csv", "table.md"
 CURVES, EFFECTS, TRADEOFFS = "report_curves.png", "report_effects.png", "report_pareto.png"
 """A pipeline has a curves.png of its own in its directory."""
 
+ReadEvaluation = Callable[[Run], Evaluated | None]
 
-def write_study(study: Study, out: Path) -> Study:
+
+def write_study(study: Study, out: Path, evaluation: ReadEvaluation | None = None) -> Study:
     """Writes all of it into `out`; figures without anything to draw are left out, and those of an earlier report taken away.
 
+    Args:
+        evaluation: reads what `rlhf evaluate` left in a run. A page of one run shows it; side by side, runs are compared by their metrics.
+
     Returns:
-        The study, with a warning for every metrics.csv that cannot be read.
+        The study, with a warning for every file of curves or answers that cannot be read.
 
     Raises:
         UserError: `out` cannot be written to.
     """
     found, complaints = figures.panels(study)
+    runs = study.runs
+    evaluated = evaluation(runs[0]) if evaluation is not None and len(runs) == 1 else None
+    complaints += () if evaluated is None else evaluated.complaints
     study = dataclasses.replace(study, warnings=(*study.warnings, *complaints))
     costs = figures.tradeoffs(study)
     try:
@@ -41,7 +52,7 @@ def write_study(study: Study, out: Path) -> Study:
             figures.save_tradeoffs(study, costs, out / TRADEOFFS)
         for name in (name for name, there in drawn.items() if not there):
             (out / name).unlink(missing_ok=True)
-        _write(out / PAGE, as_html(study, found, costs, out))
+        _write(out / PAGE, as_html(study, found, costs, out, evaluated))
     except OSError as error:
         raise UserError(f"report.out={out}: cannot be written to: {error.strerror or error}") from error
     return study

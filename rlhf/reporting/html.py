@@ -15,11 +15,14 @@ from string import Template
 from rlhf.reporting import figures
 from rlhf.reporting.cells import text_of
 from rlhf.reporting.effects import forest
+from rlhf.reporting.evaluated import Evaluated, evaluated_section
 from rlhf.reporting.figures import Panel
+from rlhf.reporting.markup import breakable, estimate_cell, framed, number_cell, plain_table, section, sortable, value_cell
 from rlhf.reporting.runs import Run, shown
 from rlhf.reporting.statistics import BAND_DRAWS, DRAWS, FEW, Estimate, width_beside_student
+from rlhf.reporting.steps_page import steps_section
 from rlhf.reporting.study import Result, Study
-from rlhf.reporting.words import NOTHING, caveats, counts, digits_of, headline, interval, number, title
+from rlhf.reporting.words import NOTHING, caveats, counts, digits_of, headline, title
 
 MARKS = {"helps": "▲", "hurts": "▼", "no difference seen": "=", "too few seeds": "?", "baseline": "◆"}
 VALUES = 12
@@ -37,10 +40,11 @@ the table also says whether Student&rsquo;s interval of the same differences is 
 """
 
 
-def as_html(study: Study, found: Sequence[Panel], costs: Sequence[str], out: Path) -> str:
+def as_html(study: Study, found: Sequence[Panel], costs: Sequence[str], out: Path, evaluated: Evaluated | None = None) -> str:
     """The page. Links to logs are relative to `out`, where they lie below it."""
     sections = [
-        _head(study), _warnings(study), _table(study), _effects(study), _tradeoffs(study, costs), _curves(study, found),
+        _head(study), _warnings(study), _table(study), steps_section(study), "" if evaluated is None else evaluated_section(evaluated),
+        _effects(study), _tradeoffs(study, costs), _curves(study, found),
         _not_done(study, out), _what_was_run(study), _every_run(study), _how(),
     ]  # fmt: skip
     return Template(_part("page.html")).substitute(
@@ -80,10 +84,6 @@ def _warnings(study: Study) -> str:
     return f"<aside class=warnings aria-label=Warnings><ul>{items}</ul></aside>\n" if items else ""
 
 
-def _section(name: str, heading: str, body: str) -> str:
-    return f"<section id={name} aria-labelledby={name}-h><h2 id={name}-h>{escape(heading)}</h2>{body}</section>\n"
-
-
 # --- the table of cells -----------------------------------------------------------------------------------------------------------
 
 
@@ -107,21 +107,21 @@ def _table(study: Study) -> str:
         for result in study.results
     )
     heads = [("Cell", ""), *((column.heading, column.kind) for column in columns)]
-    return _section("cells", "Cells", sortable(heads, rows, "cells") + f"<p class=note>{_notes(study)}</p>")
+    return section("cells", "Cells", sortable(heads, rows, "cells") + f"<p class=note>{_notes(study)}</p>")
 
 
 def _columns(study: Study, metric: str) -> list[Column]:
     """All but the cell's name. What no cell can have is left out: a difference to nothing, the spread of one seed."""
     digits = {name: digits_of(study, name) for name in study.metrics}
     columns = [
-        Column("Seeds", lambda result: _cell(result.cell.counts(), result.estimates[metric].n)),
+        Column("Seeds", lambda result: value_cell(result.cell.counts(), result.estimates[metric].n)),
         Column(metric, _mean_of(metric, digits[metric])),
     ]
     if _has_spread(study):
-        columns.append(Column("sd", lambda result: _number(result.estimates[metric].sd, digits[metric])))
+        columns.append(Column("sd", lambda result: number_cell(result.estimates[metric].sd, digits[metric])))
     if len(study.results) > 1:
         heading = f"Difference to {study.baseline}"
-        columns.append(Column(heading, lambda result: _estimate(result.differences.get(metric), digits[metric], sign=True)))
+        columns.append(Column(heading, lambda result: estimate_cell(result.differences.get(metric), digits[metric], sign=True)))
     if len(study.results) > 1 and _has_spread(study):
         columns += [
             Column("By Student's\u00a0t", lambda result: _by_student(result.differences.get(metric)), "word"),
@@ -131,7 +131,7 @@ def _columns(study: Study, metric: str) -> list[Column]:
 
 
 def _mean_of(metric: str, digits: int) -> Callable[[Result], str]:
-    return lambda result: _estimate(result.estimates[metric], digits)
+    return lambda result: estimate_cell(result.estimates[metric], digits)
 
 
 def _has_spread(study: Study) -> bool:
@@ -152,48 +152,9 @@ def _notes(study: Study) -> str:
     return notes
 
 
-def sortable(heads: Sequence[tuple[str, str]], rows: str, name: str) -> str:
-    """A table whose columns, given by heading and kind, sort by the `data-v` of their cells; it scrolls in its own box."""
-    made = "".join(
-        f"<th scope=col{_kind(kind)} aria-sort=none><button type=button>{_breakable(head)}</button></th>" for head, kind in heads
-    )
-    return _scrolling(f'class="sortable {name}"', made, rows, name)
-
-
-def _plain_table(heads: Sequence[tuple[str, str]], rows: str, name: str) -> str:
-    return _scrolling("", "".join(f"<th scope=col{_kind(kind)}>{head}</th>" for head, kind in heads), rows, name)
-
-
-def _scrolling(attributes: str, heads: str, rows: str, name: str) -> str:
-    return (
-        f'<div class=scroll tabindex=0 role=region aria-label="Table of {name}"><table {attributes}><thead><tr>{heads}</tr></thead>'
-        f"<tbody>\n{rows}</tbody></table></div>"
-    )
-
-
-def _kind(kind: str) -> str:
-    return f' class="{kind}"' if kind else ""
-
-
-def _cell(text: str, value: float | str, kind: str = "") -> str:
-    key = "" if isinstance(value, float) and math.isnan(value) else value
-    return f'<td{_kind(kind)} data-v="{escape(str(key))}">{escape(text)}</td>'
-
-
-def _number(value: float, digits: int) -> str:
-    return _cell(number(value, digits), value)
-
-
-def _estimate(one: Estimate | None, digits: int, *, sign: bool = False) -> str:
-    if one is None or not one.n:
-        return _cell(NOTHING, math.nan)
-    spread = f"<small>{interval(one.low, one.high, digits, sign=sign)}{' †' if one.too_narrow else ''}</small>" if one.n > 1 else ""
-    return f'<td data-v="{one.mean!r}">{number(one.mean, digits, sign=sign)}{spread}</td>'
-
-
 def _by_student(one: Estimate | None) -> str:
     said = "" if one is None or one.n < 2 else "without 0" if one.excludes_zero_by_student else "holds 0"
-    return _cell(said or NOTHING, said, "word")
+    return value_cell(said or NOTHING, said, "word")
 
 
 def _verdict(result: Result) -> str:
@@ -205,11 +166,6 @@ def _swatch(place: int | None) -> str:
     return "" if place is None else f'<i class=swatch style="background:var(--c{place})"></i>'
 
 
-def _breakable(name: str) -> str:
-    """A path may break where its parts meet."""
-    return escape(name).replace("/", "/<wbr>")
-
-
 # --- drawings ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +175,7 @@ def _effects(study: Study) -> str:
         return ""
     note = f"{study.metric} less that of {study.baseline}, seed by seed, the best first: the mean with its 95\u00a0% bootstrap interval, "
     note += "and each seed as a small dot."
-    return _section("effects", "Differences to the baseline", forest(study, results) + f"<p class=note>{escape(note)}</p>")
+    return section("effects", "Differences to the baseline", forest(study, results) + f"<p class=note>{escape(note)}</p>")
 
 
 def _legend(study: Study, others: bool) -> str:
@@ -241,11 +197,11 @@ def _tradeoffs(study: Study, costs: Sequence[str]) -> str:
         points = figures.points_of(study, cost)
         label = escape(f"{study.metric} against {cost}, a cross for each cell", quote=True)
         svg = figures.as_svg(lambda axis: figures.draw_tradeoff(axis, study, cost, points, colours, title=False), label)
-        return _figure(svg, f"{escape(study.metric or '')} against <span>{escape(cost)}</span>")
+        return framed(svg, f"{escape(study.metric or '')} against <span>{escape(cost)}</span>")
 
     note = "Means over seeds with their intervals both ways. The dotted line joins the cells that no other beats in both."
     drawn = "".join(map(panel, costs))
-    return _section("tradeoffs", "Trade-offs", f"{_legend(study, True)}<div class=panels>{drawn}</div><p class=note>{note}</p>")
+    return section("tradeoffs", "Trade-offs", f"{_legend(study, True)}<div class=panels>{drawn}</div><p class=note>{note}</p>")
 
 
 def _curves(study: Study, found: Sequence[Panel]) -> str:
@@ -256,18 +212,14 @@ def _curves(study: Study, found: Sequence[Panel]) -> str:
     def panel(one: Panel) -> str:
         label = escape(f"{one.title} by step, a line for each cell", quote=True)
         svg = figures.as_svg(lambda axis: figures.draw_curves(axis, one, colours, title=False), label)
-        return _figure(svg, f"{escape(one.title[:1].upper() + one.title[1:])} <code>{escape(one.metric)}</code>")
+        return framed(svg, f"{escape(one.title[:1].upper() + one.title[1:])} <code>{escape(one.metric)}</code>")
 
     hidden = len(study.ranked()) - len(colours)
     note = "Mean over the seeds that are done, with its 95\u00a0% bootstrap interval."
     if hidden > 0:
         note += f" Drawn are the baseline and the {len(colours) - 1} best of the other cells; {hidden} are in the table only."
     drawn = "".join(map(panel, found))
-    return _section("curves", "Curves", f"{_legend(study, False)}<div class=panels>{drawn}</div><p class=note>{note}</p>")
-
-
-def _figure(svg: str, caption: str = "") -> str:
-    return f"<figure>{f'<figcaption>{caption}</figcaption>' if caption else ''}{svg}</figure>"
+    return section("curves", "Curves", f"{_legend(study, False)}<div class=panels>{drawn}</div><p class=note>{note}</p>")
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------------------
@@ -277,17 +229,17 @@ def _not_done(study: Study, out: Path) -> str:
     parts = ""
     if study.not_done:
         rows = "".join(
-            f"<tr><th scope=row>{_breakable(run.name)}{_log(run, out)}</th><td class=word>{escape(cell)}</td><td>{_seed(run)}</td>"
+            f"<tr><th scope=row>{breakable(run.name)}{_log(run, out)}</th><td class=word>{escape(cell)}</td><td>{_seed(run)}</td>"
             f'<td class=word>{escape(run.status)}</td><td class="word reason">{escape(run.reason)}</td></tr>\n'
             for run, cell in study.not_done
         )
         heads = (("Run", ""), ("Cell", "word"), ("Seed", ""), ("Status", "word"), ("Reason", "word"))
-        parts += "<p>These are in no mean.</p>" + _plain_table(heads, rows, "runs that are not done")
+        parts += "<p>These are in no mean.</p>" + plain_table(heads, rows, "runs that are not done")
     if study.left_out:
-        names = ", ".join(_breakable(run.name) for run in study.left_out)
+        names = ", ".join(breakable(run.name) for run in study.left_out)
         said = escape(f"{len(study.left_out)} runs are done and have no {study.metric}")
         parts += f"<details><summary>{said}</summary><p>{names}</p></details>"
-    return _section("not-done", "Runs that are not in the table", parts) if parts else ""
+    return section("not-done", "Runs that are not in the table", parts) if parts else ""
 
 
 def _log(run: Run, out: Path) -> str:
@@ -296,7 +248,7 @@ def _log(run: Run, out: Path) -> str:
     try:
         link = run.log.resolve().relative_to(out.resolve()).as_posix()
     except ValueError:
-        return f"<small>{_breakable(shown(run.log))}</small>"
+        return f"<small>{breakable(shown(run.log))}</small>"
     return f'<small><a href="{escape(link, quote=True)}">{escape(link)}</a></small>'
 
 
@@ -310,15 +262,15 @@ def _every_run(study: Study) -> str:
     metric = study.metric or ""
     digits = digits_of(study, metric) if study.metric is not None else 0
     rows = "".join(
-        f'<tr><th scope=row data-v="{escape(run.name)}">{_breakable(run.name)}</th>'
-        f'<td class=word data-v="{escape(result.name)}">{_breakable(result.name)}</td>{_cell(_seed(run), _seed(run))}'
-        f"{_cell(run.status, run.status, 'word')}{_number(run.metrics.get(metric, math.nan), digits)}"
-        f"{_cell(run.commit or NOTHING, run.commit, 'word')}</tr>\n"
+        f'<tr><th scope=row data-v="{escape(run.name)}">{breakable(run.name)}</th>'
+        f'<td class=word data-v="{escape(result.name)}">{breakable(result.name)}</td>{value_cell(_seed(run), _seed(run))}'
+        f"{value_cell(run.status, run.status, 'word')}{number_cell(run.metrics.get(metric, math.nan), digits)}"
+        f"{value_cell(run.commit or NOTHING, run.commit, 'word')}</tr>\n"
         for result in study.results for run in result.cell.runs
     )  # fmt: skip
     heads = (("Run", ""), ("Cell", "word"), ("Seed", ""), ("Status", "word"), (metric or "Metric", ""), ("Commit", "word"))
     table = sortable(heads, rows, "runs")
-    return _section("runs", "Every run", f"<details><summary>{len(study.runs)} runs</summary>{table}</details>")
+    return section("runs", "Every run", f"<details><summary>{len(study.runs)} runs</summary>{table}</details>")
 
 
 def _what_was_run(study: Study) -> str:
@@ -336,8 +288,8 @@ def _what_was_run(study: Study) -> str:
         )
     if study.grouping.with_seed:
         rows.append(("Follows the seed", ", ".join(study.grouping.with_seed)))
-    listed = "".join(f"<div><dt>{_breakable(name)}</dt><dd>{_breakable(text or NOTHING)}</dd></div>" for name, text in rows)
-    return _section("what", "What was run", f"{commands}<dl class=list>{listed}</dl>")
+    listed = "".join(f"<div><dt>{breakable(name)}</dt><dd>{breakable(text or NOTHING)}</dd></div>" for name, text in rows)
+    return section("what", "What was run", f"{commands}<dl class=list>{listed}</dl>")
 
 
 def _listed(texts: Iterable[str]) -> str:
@@ -351,4 +303,4 @@ def _more(items: Sequence[str]) -> str:
 
 def _how() -> str:
     widths = ", ".join(f"{100 * width_beside_student(n):.0f}\u00a0% with {n}" for n in (3, 5, 10))
-    return _section("how", "How it was computed", HOW.format(draws=DRAWS, band_draws=BAND_DRAWS, widths=widths))
+    return section("how", "How it was computed", HOW.format(draws=DRAWS, band_draws=BAND_DRAWS, widths=widths))

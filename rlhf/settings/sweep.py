@@ -46,6 +46,8 @@ class SlurmSweepConfig(SweepConfig):
     account: str | None
     time_minutes: int
     """Limit of one cell."""
+    vanished_minutes: int
+    """A job that left no result counts as failed once squeue has not listed it and sacct has had no record of it for so long."""
     setup: list[str]
     """Lines of the batch script before the cell, such as `module load cuda`."""
     parameters: dict[str, Any]
@@ -56,7 +58,7 @@ class SlurmSweepConfig(SweepConfig):
         require_one_of("executor", self.executor, ("slurm", "local"))
         asked = [name for name in ("partition", "account", "parameters") if getattr(self, name)]
         require(self.executor == "slurm" or not asked, f"executor=local has no {' or '.join(asked)}: leave that out")
-        require_at_least_one(time_minutes=self.time_minutes)
+        require_at_least_one(time_minutes=self.time_minutes, vanished_minutes=self.vanished_minutes)
 
 
 @dataclass(frozen=True, kw_only=True)

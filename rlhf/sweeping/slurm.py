@@ -9,6 +9,7 @@ import contextlib
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from rlhf.config import UserError
 from rlhf.settings import SlurmSweepConfig
 from rlhf.sweeping.processes import spawn
+from rlhf.sweeping.slurm_queue import Absence, Queue
 
 LOOK = {"slurm": 2.0, "local": 0.1}
 """Seconds between two questions about a job; a cluster is asked through files, and rarely through its accounting."""
@@ -24,7 +26,7 @@ LATE = 15.0
 FIRST_PORT, PORTS = 15000, 15000
 """Ports for the ranks of a job, below those that Linux gives away itself."""
 ACCOUNTING = 60
-"""Seconds between two questions to the cluster's accounting, which knows of jobs that left no result."""
+"""Seconds between two questions to the cluster's accounting, which knows of jobs that left no result, and to its queue."""
 JOB = "job"
 """File beside a cell's scripts: number and tasks of its latest job."""
 
@@ -98,16 +100,36 @@ def executor(folder: Path, settings: SlurmSweepConfig, *, name: str, nodes: int,
     return found
 
 
+@dataclass(frozen=True)
+class Watch:
+    """How a cluster's jobs are looked for once they give no sign. The queue is asked for all of them at once."""
+
+    queue: Queue
+    minutes: int
+    """`sweep.vanished_minutes`."""
+
+
+def watch(settings: SlurmSweepConfig) -> Watch | None:
+    """None: no SLURM, whose stand-in knows its processes."""
+    if settings.executor != "slurm":
+        return None
+    clusters = settings.parameters.get("clusters")
+    return Watch(Queue(None if clusters is None else str(clusters)), settings.vanished_minutes)
+
+
 class ClusterJob:
     """A job that has been submitted.
 
     Args:
         log: of the cell, for a last word about a job that left no result.
+        lost: is told of a job that has vanished, in one line.
     """
 
-    def __init__(self, job: Any, log: Path, kind: str) -> None:
-        self.job, self.log, self.kind = job, log, kind
-        self.looked, self.gone = float("-inf"), float("inf")
+    def __init__(self, job: Any, log: Path, kind: str, watch: Watch | None = None, lost: Callable[[str], None] | None = None) -> None:
+        self.job, self.log, self.kind, self.lost = job, log, kind, lost
+        self.looked, self.gone, self.killed = float("-inf"), float("inf"), False
+        self.minutes = 0 if watch is None else watch.minutes
+        self.absence = None if watch is None else Absence(watch.queue, str(job.job_id), 60.0 * watch.minutes, ACCOUNTING)
 
     def poll(self) -> int | None:
         now = time.monotonic()
@@ -115,7 +137,7 @@ class ClusterJob:
             return None
         self.looked = now
         if not self.job.done():
-            return None
+            return self._vanished(now)
         tasks = self.job._sub_jobs or [self.job]
         if not all(task.paths.result_pickle.exists() for task in tasks):
             self.gone = min(self.gone, now)
@@ -125,6 +147,19 @@ class ClusterJob:
         except Exception as error:  # what the task raised, before it could start the cell
             return self._say(str(error))
         return next((code for code in codes if code), 0)
+
+    def _vanished(self, now: float) -> int | None:
+        """Neither queue nor accounting knows the job, and no result has come: nothing will end the wait for it but we."""
+        looked_at = None if self.absence is None else self.absence.vanished(now, at_once=self.killed)
+        if looked_at is None:
+            return None
+        how_long = "at the end" if self.killed else f"for {self.minutes} minute{'' if self.minutes == 1 else 's'} (sweep.vanished_minutes)"
+        what = f"it has vanished: {how_long} {looked_at}, and there is no result at {self.job.paths.result_pickle}"
+        if self.lost is not None:
+            self.lost(f"job {self.job.job_id}: {what}")
+        if self.absence is not None:
+            self.absence.queue.cancel(self.absence.number)  # should it come back, it must not write beside the next attempt
+        return self._say(what)
 
     def _say(self, what: str) -> int:
         """A last word in the log of a job that was cancelled, ran out of time, lost its node or could not begin; it has failed."""
@@ -140,13 +175,18 @@ class ClusterJob:
             subprocess.run(["scancel", "--signal=INT", str(self.job.job_id)], check=False)
 
     def kill(self) -> None:
+        if self.absence is not None and not self.killed:
+            self.absence.looked = float("-inf")
+        self.killed = True
         if not self.job.done():
             with contextlib.suppress(OSError):  # the command ends, whatever the cluster says
                 self.job.cancel(check=False)
             self.looked = float("-inf")
 
 
-def submit(cluster: Any, work: Work, kind: str) -> ClusterJob:
+def submit(
+    cluster: Any, work: Work, kind: str, watch: Watch | None = None, lost: Callable[[str], None] | None = None
+) -> ClusterJob:  # fmt: skip
     """
     Raises:
         UserError: the cluster refuses the job; says what it said.
@@ -157,10 +197,10 @@ def submit(cluster: Any, work: Work, kind: str) -> ClusterJob:
         raise UserError(f"sweep=slurm: the job was not accepted: {' '.join(str(error).split())}") from error
     if kind == "slurm":
         (Path(cluster.folder) / JOB).write_text(f"{job.job_id} {max(1, len(job._sub_jobs))}")
-    return ClusterJob(job, Path(work.log), kind)
+    return ClusterJob(job, Path(work.log), kind, watch, lost)
 
 
-def still_there(folder: Path, log: Path) -> ClusterJob | None:
+def still_there(folder: Path, log: Path, watch: Watch | None = None, lost: Callable[[str], None] | None = None) -> ClusterJob | None:
     """The job that an earlier command has submitted for a cell, if it still waits or runs."""
     file = folder / JOB
     if not file.is_file():
@@ -170,5 +210,5 @@ def still_there(folder: Path, log: Path) -> ClusterJob | None:
     number, tasks = file.read_text().split()
     job: Any = submitit.SlurmJob(folder, number, tasks=range(int(tasks)))
     job.watcher._delay_s = ACCOUNTING
-    known = job.watcher.get_state(number, mode="force") != "UNKNOWN"
-    return ClusterJob(job, log, "slurm") if known and not job.done() else None
+    known = job.watcher.get_state(number, mode="force") != "UNKNOWN" or (watch is not None and watch.queue.has(number) is True)
+    return ClusterJob(job, log, "slurm", watch, lost) if known and not job.done() else None

@@ -24,7 +24,8 @@ from tiny import write_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.cli.evaluate_prompts import read_prompts
-from rlhf.cli.summary_page import steps_table
+from rlhf.cli.hydra_app import conf_dir
+from rlhf.cli.main import main
 from rlhf.config import UserError
 from rlhf.data.chat import format_answer, format_prompt
 
@@ -136,6 +137,15 @@ def test_fixed_prompts_stand_side_by_side_with_their_scores(root: Path) -> None:
     margin = pair_margin(root / "reward", "Name [b]one[/b] fruit with ``` in it.", "a plum", "red")
     assert f"the good answer of the file {abs(margin):.2f} {'above' if margin > 0 else 'below'} the bad one" in page
     assert metrics(root / "full")["fixed/accuracy"] == float(margin > 0)
+
+
+@pytest.mark.launch
+def test_the_report_of_an_evaluation_shows_what_it_printed(root: Path, tmp_path: Path) -> None:
+    assert main(["report", str(root / "full"), f"report.out={tmp_path}"]) == 0
+    page, found = (tmp_path / "report.html").read_text(), metrics(root / "full")
+    for key, label in (("win_rate/reward", "wins by reward"), ("win_rate/gold", "wins by gold"), ("reward/accuracy/web", "on web")):
+        assert re.search(rf"<th scope=row[^>]*>{label}</th><td></td><td>{found[key]:.3f}</td>", page), label
+    assert "Share right against probability" in page and "Name [b]one[/b] fruit with ``` in it." in page
 
 
 def pair_margin(folder: Path, prompt: str, good: str, bad: str) -> float:
@@ -255,6 +265,12 @@ def test_a_malformed_file_of_prompts_is_refused_with_its_line(name: str, text: s
     assert str(caught.value).startswith(f"evaluation.fixed_prompts: {tmp_path / name}") and part in str(caught.value)
 
 
+def test_the_built_in_prompts_are_no_group(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "evaluation/prompts=english"]) == 2
+    assert "evaluation/prompts: no such group in rlhf evaluate" in capsys.readouterr().err
+    assert not list((conf_dir() / "evaluation").glob("*/*.yaml")), "Hydra takes every folder of conf/ for a group, and --help lists it"
+
+
 def test_rows_of_ones_own_are_read_as_the_built_in_ones(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,good,bad\none,g,b\ntwo,,\n")
     one, two = read_prompts(str(tmp_path / "a.csv"))
@@ -267,12 +283,3 @@ def test_the_built_in_sets_ask_the_same_kinds_of_question() -> None:
     assert len({tuple(entry.good is not None for entry in entries) for entries in sets.values()}) == 1
     assert all(re.search("[一-龥]", entry.prompt) for entry in sets["chinese"])
     assert sum(bool(re.search("[ぁ-ん]", entry.prompt)) for entry in sets["japanese"]) == 7
-
-
-def test_what_each_step_of_a_pipeline_changed() -> None:
-    metrics = {"sft/perplexity_before": 135.2, "sft/perplexity": 12.876, "reward/accuracy": 0.9, "gold/base": 0.49, "gold/ppo": 0.76}
-    table = steps_table(metrics, ["base", "ppo"])
-    cells = [list(column.cells) for column in table.columns]
-    assert cells == [["SFT: perplexity of held-out answers", "PPO: gold score"], ["135.200", "0.490"], ["12.876", "0.760"]], (
-        "nothing by halves"
-    )
