@@ -32,6 +32,17 @@ def has_overflow(engine: Any) -> bool:
     return bool(flag)
 
 
+def look_once(engine: Any) -> None:
+    """bf16 below stage 3: leaves out the first of DeepSpeed's two looks for an inf or a nan.
+
+    DeepSpeed 0.19 tests the gradients tensor by tensor, which is 0.14 ms each of Python and small kernels, and then skips the step all the
+    same where their norm is no number. With offload the norm is made otherwise, and both looks stay.
+    """
+    optimizer = engine.optimizer
+    if getattr(optimizer, "check_grad_overflow", False) and optimizer.compute_grad_norm and not optimizer.cpu_offload:
+        optimizer.check_overflow = lambda **_: None
+
+
 @contextmanager
 def align_overflow(engines: dict[str, Any]) -> Iterator[None]:
     """Around the steps of several engines: if one overflows, all skip. A role that skips for another's sake keeps its loss scale."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rlhf.engines.config import EngineSpec, engine_config
 from rlhf.engines.gather import gathered, gathered_for_writing, sharded_init, whole
 from rlhf.engines.optimizers import build_optimizer, build_scheduler
-from rlhf.engines.overflow import align_overflow, has_overflow, loss_scale, norm_scale
+from rlhf.engines.overflow import align_overflow, has_overflow, look_once, loss_scale, norm_scale
 from rlhf.models.networks import restore_rotary
 
 
@@ -105,6 +105,8 @@ class RoleStrategy(DeepSpeedStrategy):
         engine, *_ = deepspeed.initialize(
             model=network, optimizer=optimizer, lr_scheduler=scheduler, config=engine_config(spec), dist_init_required=False
         )
+        if spec.precision == "bf16" and spec.training is not None:
+            look_once(engine)
         if spec.zero.quantized_weights:
             engine.optimizer.quantize_nontrainable_params()
         restore_rotary(network)

@@ -1,4 +1,5 @@
-"""fp16's loss scale, on a CPU that is made to admit fp16: half-precision arithmetic is there, only DeepSpeed does not expect it."""
+"""16 bits: fp16's loss scale, and gradients that are no numbers. The CPU is made to admit fp16: the arithmetic is there, only DeepSpeed does not
+expect it."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from rlhf.config import build
 from rlhf.engines.config import EngineSpec, Training, engine_config
 from rlhf.engines.launcher import free_port, rank_environment
 from rlhf.engines.optimizers import build_optimizer
-from rlhf.engines.overflow import gradients
+from rlhf.engines.overflow import gradients, look_once
 from rlhf.engines.strategy import RoleStrategy
 from rlhf.models.factory import Blueprint, build_network
 
@@ -41,13 +42,14 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             setattr(groups, name, None)
 
 
-def engine_at(stage: int) -> Any:
+def engine_at(stage: int, precision: str = "fp16") -> Any:
     cfg = build(composed("sft", f"zero@actor.zero=z{stage}", "run_dir=unused", "sft.optimizer.grad_clip=0"))
     training = Training(
         optimizer=cfg.sft.optimizer, scheduler=cfg.sft.scheduler, total_steps=10, lora=cfg.actor.lora, micro_batch_size=2, accumulation=1
     )
-    spec = EngineSpec(zero=cfg.actor.zero, precision="fp16", training=training, reloadable=False)
-    blueprint = Blueprint(kind="causal", config=config("llama"), folder=None, lora=None, gradient_checkpointing=False, dtype=torch.float16)
+    spec = EngineSpec(zero=cfg.actor.zero, precision=precision, training=training, reloadable=False)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    blueprint = Blueprint(kind="causal", config=config("llama"), folder=None, lora=None, gradient_checkpointing=False, dtype=dtype)
     torch.manual_seed(0)
     network = build_network(blueprint, sharded=nullcontext(), gather=lambda _: nullcontext(), is_writer=True)
     engine, *_ = deepspeed.initialize(
@@ -73,3 +75,21 @@ def norm_of_a_step(stage: int) -> float:
 def test_the_gradient_norm_is_the_same_at_stage_0_and_1() -> None:
     """Stage 0 of DeepSpeed divides by a loss scale (65,536) that the loss was not multiplied by."""
     assert norm_of_a_step(0) == pytest.approx(norm_of_a_step(1), rel=0.01)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_with_a_gradient_that_is_no_number_changes_no_weight_and_is_an_error(stage: int, bad: float) -> None:
+    engine = engine_at(stage, "bf16")
+    look_once(engine)
+    strategy: Any = SimpleNamespace(
+        engines={"actor": engine}, specs={"actor": SimpleNamespace(stage=stage, precision="bf16")}, world_size=1
+    )
+    before = [p.detach().clone() for p in engine.module.parameters()]
+    ids = torch.arange(4, 20).reshape(2, 8)
+    RoleStrategy.backward(strategy, "actor", engine(ids, torch.ones_like(ids, dtype=torch.bool)).float().logsumexp(-1).mean())
+    gradients(engine)[-1].view(-1)[0] = bad
+    with pytest.raises(FloatingPointError, match="actor: the gradients are not finite"):
+        RoleStrategy._step(strategy, "actor", engine)
+    assert all(torch.equal(old, new) for old, new in zip(before, engine.module.parameters(), strict=True))
+    engine.destroy()
