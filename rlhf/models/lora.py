@@ -53,13 +53,15 @@ def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
 def init_adapters(model: nn.Module, gather: Gather, is_writer: bool) -> None:
     """A as PEFT draws it (Kaiming uniform), B zero, so that an adapter begins as no change (Hu et al. 2021, section 4.1).
 
-    PEFT's own initialization acts on parameters that ZeRO-3 has already taken apart, where it does nothing.
+    PEFT's own initialization acts on parameters that ZeRO-3 has already taken apart, where it does nothing. The numbers come from the CPU and
+    from the seed alone, so that an adapter is the same whatever the ZeRO stage and the device.
     """
+    generator = torch.Generator().manual_seed(torch.initial_seed() + 1)  # not the numbers that random base weights began with
     for layer in adapted_layers(model).values():
         _, a, b = layer_parameters(layer)
         with gather([a, b]):
             if is_writer or a.numel():
-                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+                a.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape), a=math.sqrt(5), generator=generator))
                 nn.init.zeros_(b)
 
 
