@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -96,8 +97,13 @@ class Service:
         self.top_k = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
         self.top_p = torch.ones(slots + 1, device=self.device)
         self.seeds = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
-        self.logits = torch.zeros(slots, shape.vocab, dtype=embedding.dtype, device=self.device)
-        self.steps = Steps(self._decode, slots, graphs=graphs and self.device.type == "cuda")
+        self.drawn = torch.zeros(slots, 3, dtype=torch.float64, device=self.device)
+        """What the last step drew for each of its rows, in one tensor that is fetched at once: token, log-probability, whether the answer ended."""
+        self.placed: list[int] = []
+        """The slot of each row of a step."""
+        captures = graphs and self.device.type == "cuda"
+        self.steps = {sampled: Steps(partial(self._decode, sampled=sampled), slots, graphs=captures) for sampled in (False, True)}
+        """By whether a request of the step is sampled: drawing one costs a sort of the vocabulary."""
         self.waiting: deque[Ticket] = deque()
         self.active: dict[int, Ticket] = {}
         """Slot -> what is answered in it. Only the stepping thread touches it."""
@@ -144,9 +150,9 @@ class Service:
             self._prefill(taken)
         slots = [slot for slot in self.active if slot not in taken]
         if slots:
-            width = self._place(slots)
-            self.steps.run(width)
-            self._draw(self.logits[: len(slots)], slots)
+            steps = self.steps[self._sampled(slots)]
+            steps.run(self._place(slots, steps))
+            self._deliver(self.drawn[: len(slots)], slots)
         return bool(taken or slots)
 
     def fail(self) -> None:
@@ -201,34 +207,43 @@ class Service:
         self.top_k[at], self.seeds[at] = top_k, seeds
         self.temperature[at] = torch.tensor([r.temperature for r in requests], device=self.device)
         self.top_p[at] = torch.tensor([r.top_p for r in requests], device=self.device)
-        self._draw(logits, list(taken))
+        self._deliver(self._draw(logits, at, sampled=self._sampled(list(taken))), list(taken))
 
-    def _decode(self, size: int) -> None:
+    def _sampled(self, slots: list[int]) -> bool:
+        return any(self.active[slot].request.temperature > 0 for slot in slots)
+
+    def _decode(self, size: int, *, sampled: bool) -> None:
         rows = self.state.rows[:size]
-        self.logits[:size] = self.decoder.step(self.cache.tensors["keys"], self.cache.tensors["values"], self.state, rows)
+        logits = self.decoder.step(self.cache.tensors["keys"], self.cache.tensors["values"], self.state, rows)
+        self.drawn[:size] = self._draw(logits, rows, sampled=sampled)
 
-    def _place(self, slots: list[int]) -> int:
+    def _place(self, slots: list[int], steps: Steps) -> int:
         """Makes these slots the first rows of a step, the others idle; returns the size of the step."""
-        width = self.steps.width(len(slots))
-        if self.steps.missing(width):
+        width = steps.width(len(slots))
+        if steps.missing(width):
             self.state.rows.fill_(self.slots)  # capturing runs a step, which must touch no request
-            self.steps.capture(width)
-        self.state.rows[:width] = upload(slots + [self.slots] * (width - len(slots)), self.device)
+            self.placed = []
+            steps.capture(width)
+        wanted = slots + [self.slots] * (width - len(slots))
+        if wanted != self.placed:
+            self.state.rows[:width] = upload(wanted, self.device)
+            self.placed = wanted
         return width
 
-    def _draw(self, logits: Tensor, slots: list[int]) -> None:  # (B, V)
-        """Draws, keeps and delivers one token of each of these slots."""
-        rows = upload(slots, self.device)
-        if any(self.active[slot].request.temperature > 0 for slot in slots):
+    def _draw(self, logits: Tensor, rows: Tensor, *, sampled: bool) -> Tensor:
+        """(B, V), slots (B,) -> (B, 3) as `drawn`. One more token of each of these slots; nothing here waits for the GPU."""
+        if sampled:
             uniform = uniforms(self.seeds[rows], torch.zeros_like(rows), self.state.counts[rows])
             tokens, logprobs = choose_each(logits, uniform, self.temperature[rows], self.top_k[rows], self.top_p[rows])
         else:
             tokens = logits.argmax(dim=-1)
             logprobs = logits.float().log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
         record(tokens, logprobs, self.state, rows, self.sampling)
-        finished = self.state.finished[rows].tolist()
-        for slot, token, logprob, ended in zip(slots, tokens.tolist(), logprobs.tolist(), finished, strict=True):
-            ticket = self.active[slot]
+        return torch.stack((tokens.double(), logprobs.double(), self.state.finished[rows].double()), dim=1)
+
+    def _deliver(self, drawn: Tensor, slots: list[int]) -> None:  # (B, 3)
+        for slot, (number, logprob, ended) in zip(slots, drawn.tolist(), strict=True):
+            ticket, token = self.active[slot], int(number)
             end: End | None = None
             if ended:
                 end = "stop" if token in self.sampling.stop_ids else "length"

@@ -45,13 +45,12 @@ class Speech:
     def __init__(self, tokenizer: Any) -> None:
         self.text, self.tokens = TextStream(tokenizer), 0
 
-    def hear(self, drawn: Drawn) -> Piece:
-        """Its text is empty where a token is no whole letter yet."""
-        text = ""
-        if drawn.token is not None:
-            self.tokens += 1
-            text = self.text.push(drawn.token)
-        return Piece(text if drawn.end is None else text + self.text.rest(), drawn.end, self.tokens)
+    def hear(self, *drawn: Drawn) -> Piece:
+        """One piece of all that was drawn. Its text is empty where there is no whole letter yet."""
+        tokens = [one.token for one in drawn if one.token is not None]
+        self.tokens += len(tokens)
+        text, end = self.text.push(*tokens), drawn[-1].end
+        return Piece(text if end is None else text + self.text.rest(), end, self.tokens)
 
 
 class Reply:

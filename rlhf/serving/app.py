@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable
 from importlib.resources import files
@@ -62,27 +63,35 @@ class Answering:
     """One answer to one client, cut at the texts that stop it. Nothing is asked of the model before somebody listens, and nothing is left
     of it once he goes away."""
 
-    def __init__(self, answerer: Answerer, ids: tuple[int, ...], options: ReplyConfig, stops: list[str], *, mail: Mail, turn: bool) -> None:
+    def __init__(
+        self, answerer: Answerer, ids: tuple[int, ...], options: ReplyConfig, stops: list[str], *, mail: Mail, pause: float, turn: bool
+    ) -> None:
         """
         Args:
             mail: from the thread of the answerer to the server's.
+            pause: seconds between two pieces at least.
             turn: the answer is a turn of a conversation, so that blanks before its first word are the chat format's.
         """
-        self.answerer, self.ids, self.options, self.stops, self.mail, self.turn = answerer, ids, options, stops, mail, turn
+        self.answerer, self.ids, self.options, self.stops, self.mail = answerer, ids, options, stops, mail
+        self.pause, self.turn = pause, turn
 
     async def pieces(self) -> AsyncGenerator[Piece]:
-        """What has come since the last piece is one piece: a server that is behind sends fewer, larger ones."""
+        """What has come since the last piece is one piece. To send each token alone would cost more than to draw it, and what takes the
+        server's time takes the model's: both are threads of one Python."""
         heard = asyncio.Queue[Drawn]()
         speech, held, begun, ended = Speech(self.answerer.tokenizer), "", False, False
         keep = max(map(len, self.stops), default=1) - 1
         ticket = self.answerer.submit(self.ids, self.options, self.mail.box(heard))
+        due = 0.0
         try:
             while not ended:
-                piece = speech.hear(await heard.get())
+                drawn = [await heard.get()]
+                if (early := due - time.monotonic()) > 0 and drawn[0].end is None:
+                    await asyncio.sleep(early)
+                drawn += [heard.get_nowait() for _ in range(heard.qsize())]
+                due = time.monotonic() + self.pause
+                piece = speech.hear(*drawn)
                 held += piece.text
-                while not heard.empty():
-                    piece = speech.hear(heard.get_nowait())
-                    held += piece.text
                 ended = piece.end is not None
                 if self.turn and not begun:
                     held = held.lstrip()
@@ -173,7 +182,7 @@ class Server:
             raise Refused(400, said, field="messages", code="context_length_exceeded")
         if answerer.worker.error is not None:
             raise Refused(503, "the model has stopped answering: see the server's log")
-        return Answering(answerer, ids, options, stops, mail=self.mail, turn=turn)
+        return Answering(answerer, ids, options, stops, mail=self.mail, pause=self.settings.pause_ms / 1000, turn=turn)
 
     # --- answers ---
 

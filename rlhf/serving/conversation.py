@@ -91,9 +91,9 @@ class TextStream:
         self.read = 0
         """Tokens before it have been given out."""
 
-    def push(self, token: int) -> str:
-        """The text that this token makes certain; may be empty."""
-        self.ids.append(token)
+    def push(self, *tokens: int) -> str:
+        """The text that these tokens make certain; may be empty."""
+        self.ids += tokens
         text = self._decode(self.start, len(self.ids))
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""

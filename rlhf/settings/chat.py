@@ -50,6 +50,8 @@ class ServerConfig:
     """Requests that wait at most; more are refused."""
     body_kb: int
     """Of one request, 1024 bytes."""
+    pause_ms: float
+    """Milliseconds between two pieces of a streamed answer at least: tokens that come faster go together. 0: as fast as the server can."""
     patience: int
     """Seconds that answers on their way get to end once the server is told to stop."""
     votes: str
@@ -59,6 +61,7 @@ class ServerConfig:
         require(0 <= self.port <= 65535, f"port must lie in [0, 65535], got {self.port}")
         require_at_least_one(slots=self.slots, queue=self.queue, body_kb=self.body_kb)
         require_in("patience", self.patience, 0)
+        require_in("pause_ms", self.pause_ms, 0)
         require(self.token is None or len(self.token) >= 8, "token must have at least 8 characters")
         require(
             self.token is not None or self.host in LOOPBACK,

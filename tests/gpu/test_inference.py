@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 
 from decoders import (
     FAMILIES,
+    PAD,
+    POSITIONS,
     PlainSource,
     fill,
     full_forward_logprobs,
@@ -27,7 +29,9 @@ from kernel_checks import *  # noqa: F403
 from torch import Tensor
 
 from rlhf.inference.arena import make_arena
+from rlhf.inference.build import decoder_of
 from rlhf.inference.kernels.ops import TritonOps
+from rlhf.inference.service import Request, Service
 
 pytestmark = pytest.mark.gpu
 CARD = torch.device("cuda", 0)
@@ -130,3 +134,27 @@ def test_captured_steps_run_again_after_the_memory_was_away(drops: bool) -> None
         assert found.tokens.tolist() == plain.tokens.tolist(), step
         assert found.counts.tolist() == LIMITS
     assert found.tokens.tolist() != first.tokens.tolist()
+
+
+def test_requests_that_come_and_go_get_the_same_answers_with_graphs() -> None:
+    """Greedy and sampled ones side by side on fewer slots; the greedy ones are transformers'."""
+    model = noisy_model("llama-gqa", **WIDE)
+    lengths = [3 + 5 * i % 17 for i in range(14)]
+    greedy = greedy_of_transformers(model, mixed_prompts(lengths), end=None, new_tokens=24).tolist()
+    model.to(CARD)
+    answers = {}
+    for graphs in (False, True):
+        decoder = decoder_of(model, tokens=POSITIONS)
+        service = Service(decoder, slots=5, tokens=POSITIONS, stop_ids=(), pad_id=PAD, prefill_tokens=64, graphs=graphs)
+        heard: list[list[int]] = [[] for _ in lengths]
+        for i, prompt in enumerate(mixed_prompts(lengths)):
+            request = Request(prompt=tuple(prompt.tolist()), limit=24, temperature=0.8 * (i % 2), top_k=9, top_p=0.9, seed=i)
+            service.submit(request, lambda drawn, tokens=heard[i]: tokens.append(drawn.token))
+            for _ in range(i % 4):
+                service.step()
+        while service.step():
+            pass
+        assert any(steps.graphs for steps in service.steps.values()) == graphs
+        answers[graphs] = heard
+    assert answers[True] == answers[False]
+    assert answers[True][::2] == greedy[::2] and all(len(tokens) == 24 for tokens in answers[True])

@@ -24,7 +24,7 @@ PLAIN = ReplyConfig(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=16, seed
 
 def settings(**changes: Any) -> ServerConfig:
     plain: dict[str, Any] = {
-        "host": "127.0.0.1", "port": 0, "token": None, "slots": 8, "queue": 256, "body_kb": 64, "patience": 5, "votes": "unused",
+        "host": "127.0.0.1", "port": 0, "token": None, "slots": 8, "queue": 256, "body_kb": 64, "pause_ms": 0, "patience": 5, "votes": "unused",
     }  # fmt: skip
     return ServerConfig(**(plain | changes))
 
