@@ -22,15 +22,15 @@ ROOT = HERE.parents[1]
 PHASES = ("generate", "score", "train", "iteration")
 COLUMNS = (
     "case", "status", *(f"{phase}_gb" for phase in PHASES), "reserved_gb", "outside_gb", "host_gb",
-    *(f"{phase}_s" for phase in PHASES), "prefill_s", "decode_s", "actor_s", "critic_s", "optimizer_s", "sequences", "card", "commit", "message",
+    *(f"{phase}_s" for phase in PHASES), "prefill_s", "decode_s", "actor_s", "critic_s", "optimizer_s", "sequences", "gpus", "tflops_per_gpu", "card", "commit", "message",
 )  # fmt: skip
 PARTS = {"prefill_s": "generate/prefill", "decode_s": "generate/decode", "actor_s": "train/actor", "critic_s": "train/critic",
          "optimizer_s": "train/optimizer"}  # fmt: skip
 
 
-def run(case: Case, folder: Path, timeout: float) -> dict[str, Any]:
+def run(case: Case, folder: Path, timeout: float, hardware: str = CARD) -> dict[str, Any]:
     """One row. The plan is not asked whether it fits: that is what is measured."""
-    command = [sys.executable, "-m", "rlhf", "bench", "step", *case.words, f"hardware={CARD}", "plan.enforce=false", f"run_dir={folder}"]
+    command = [sys.executable, "-m", "rlhf", "bench", "step", *case.words, f"hardware={hardware}", "plan.enforce=false", f"run_dir={folder}"]
     path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.log").open("w", encoding="utf-8") as log:
@@ -49,7 +49,7 @@ def run(case: Case, folder: Path, timeout: float) -> dict[str, Any]:
 def row(name: str, bench: dict[str, Any]) -> dict[str, Any]:
     phases, memory = bench["phases"], bench["memory"]
     found: dict[str, Any] = {key: bench.get(key) for key in ("status", "sequences", "card", "commit", "message")} | {"case": name}
-    found["sequences"] = bench["config"]["sequences"]
+    found |= {"sequences": bench["config"]["sequences"], "gpus": bench.get("ranks", 1), "tflops_per_gpu": bench.get("paper_tflops_per_gpu")}
     for phase in PHASES:
         figures = phases.get(phase, {})
         found |= {f"{phase}_gb": giga(figures.get("peak_bytes")), f"{phase}_s": figures.get("median_seconds")}
@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", default="", help="names with commas between; all without")
     parser.add_argument("--results", type=Path, default=HERE / "measured.csv")
     parser.add_argument("--file", type=Path, default=HERE / "cases.yaml", help="another list of cases")
+    parser.add_argument("--hardware", default=CARD)
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds of one case")
     options = parser.parse_args(argv)
     cases = load(options.file)
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         if name in there:
             continue
-        found = run(cases[name], options.out.resolve() / name, options.timeout)
+        found = run(cases[name], options.out.resolve() / name, options.timeout, options.hardware)
         print(f"{name}: {found['status']}, {found.get('iteration_gb')} GB, {found.get('iteration_s')} s", flush=True)
         failed += found["status"] == "failed"
         if found["status"] != "failed":

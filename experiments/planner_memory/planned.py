@@ -58,9 +58,9 @@ def load(file: Path = HERE / "cases.yaml") -> dict[str, Case]:
     return found
 
 
-def predict(case: Case) -> Prediction:
+def predict(case: Case, hardware: str = CARD) -> Prediction:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = OmegaConf.to_container(compose("bench_step", [*case.words, f"hardware={CARD}", "run_dir=x"]), resolve=True)
+        config = OmegaConf.to_container(compose("bench_step", [*case.words, f"hardware={hardware}", "run_dir=x"]), resolve=True)
     assert isinstance(config, dict)
     cfg = build(config | {"verb": "ppo"})
     work, machine = workload(cfg), dataclasses.replace(machine_of(cfg), efficiency=cfg.bench.efficiency)

@@ -1,0 +1,77 @@
+"""`python table.py` writes table.md and scaling.png from results.csv and the planner as it is now."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "planner_memory"))
+
+from measure import read  # noqa: E402
+from planned import Prediction, load, predict  # noqa: E402
+
+HARDWARE = "h100-80g"
+Row = dict[str, str]
+
+
+def speed(row: Row) -> float:
+    """Sequences a second."""
+    return int(row["sequences"]) / float(row["iteration_s"])
+
+
+def efficiency(row: Row, done: dict[str, Row]) -> float | None:
+    """Speed of a GPU against that of one alone with the same actor."""
+    alone = done.get(f"{row['case'].split('-')[0]}-1")
+    return None if alone is None or alone is row else speed(row) / int(row["gpus"]) / speed(alone)
+
+
+def line(row: Row, plan: Prediction, done: dict[str, Row]) -> str:
+    if row["status"] != "done":
+        return f"| {row['case']} | | | | | | | | {row['status']}: {row['message']} | | |"
+    share = efficiency(row, done)
+    seconds, peak = float(row["iteration_s"]), float(row["iteration_gb"])
+    planned, bytes_ = plan.seconds["iteration"], plan.bytes["iteration"] / 1e9
+    parts = " | ".join(f"{float(row[f'{phase}_s']):.2f} ({plan.seconds[phase]:.2f})" for phase in ("generate", "score", "train"))
+    return (
+        f"| {row['case']} | {row['gpus']} | {row['sequences']} | {parts} | {seconds:.2f} ({planned:.2f}, {planned / seconds - 1:+.0%}) | {speed(row):.2f} | "
+        f"{'' if share is None else f'{share:.0%}'} | {float(row['tflops_per_gpu']):.0f} | {peak:.1f} ({bytes_ / peak - 1:+.1%}) |"
+    )
+
+
+def draw(done: dict[str, Row], plans: dict[str, Prediction]) -> None:
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    names = list(done)
+    for offset, value, colour, label in (
+        (-0.2, [speed(row) / int(row["gpus"]) for row in done.values()], "#1f77b4", "measured"),
+        (0.2, [int(row["sequences"]) / plans[name].seconds["iteration"] / int(row["gpus"]) for name, row in done.items()], "#bbbbbb", "planned"),
+    ):
+        axes.bar([i + offset for i in range(len(names))], value, 0.4, color=colour, label=label)
+    axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    axes.set_ylabel("sequences/s a GPU")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(HERE / "scaling.png", dpi=120)
+
+
+def main() -> None:
+    cases, rows = load(HERE / "cases.yaml"), {row["case"]: row for row in read(HERE / "results.csv")}
+    plans = {name: predict(cases[name], HARDWARE) for name in rows}
+    done = {name: row for name, row in rows.items() if row["status"] == "done"}
+    head = [
+        "| case | GPUs | sequences | generate, s (plan) | score, s | train, s | iteration, s | sequences/s | of one GPU's, each | TFLOP/s a GPU | peak, GB (plan) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    text = "\n".join([*head, *(line(row, plans[name], done) for name, row in rows.items())]) + "\n"
+    (HERE / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+    draw(done, plans)
+
+
+if __name__ == "__main__":
+    main()
