@@ -61,7 +61,7 @@ def init_adapters(model: nn.Module, gather: Gather, is_writer: bool) -> None:
         _, a, b = layer_parameters(layer)
         with gather([a, b]):
             if is_writer or a.numel():
-                a.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape), a=math.sqrt(5), generator=generator))
+                a.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape, device="cpu"), a=math.sqrt(5), generator=generator))
                 nn.init.zeros_(b)
 
 

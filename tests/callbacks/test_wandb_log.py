@@ -85,11 +85,12 @@ def test_a_new_run_in_the_same_directory_has_an_id_of_its_own_and_a_resumed_one_
     empty = tmp_path / "wandb" / "offline-run-20200101_000000-none" / "run-none.wandb"
     empty.parent.mkdir(parents=True)
     empty.write_bytes(b":W&B\xde\xad\x00")  # of a run that was killed before its first words were written
-    for resumes in (False, True, False):
+    for number, resumes in enumerate((False, True, False)):
+        if number:
+            time.sleep(1.1)  # a record is named by its second
         log = logger(tmp_path, resumes=resumes)
         log.log_metrics({"a": 1.0}, 1)
         log.finish(Ending())
-        time.sleep(1.1)  # a record is named by its second
     first, second, third = (record.run.run_id for record in written(tmp_path))
     assert first == second != third
     assert json.loads((tmp_path / "wandb" / "run.json").read_text())["id"] == third

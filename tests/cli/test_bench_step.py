@@ -19,6 +19,7 @@ from rlhf.config import UserError, build, check
 from rlhf.engines.bench_rollout import Rates
 from rlhf.engines.bench_step import RandomPrompts, Spans, is_out_of_memory
 from rlhf.engines.floor import ModelSize, decode_floor, prefill_floor
+from rlhf.inference.arena import Mapped
 
 TINY = (
     "model@actor.model=tiny", "model@critic.model=tiny-opt", "model@reward.model=tiny-opt", "bench.prompt_tokens=8", "bench.new_tokens=6",
@@ -165,6 +166,7 @@ def test_a_span_on_a_card_begins_a_peak_of_its_own_and_none_is_lost(monkeypatch:
     def used(size: int) -> None:
         peak[0] = max(peak[0], size)
 
+    monkeypatch.setattr("rlhf.engines.bench_step.mapped_memory", Mapped())  # not what other tests of this process left mapped
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])

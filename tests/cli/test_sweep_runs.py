@@ -157,7 +157,7 @@ def test_a_killed_cell_is_recorded_as_failed(light: Path) -> None:
     sweep = command(light, "seed=0", *LIGHT, "+callbacks.light.seconds=60")
     wait_until(lambda: diaries(light))
     os.kill(diaries(light)["0/rank-0"][0]["pid"], signal.SIGKILL)
-    _, err = sweep.communicate(timeout=30)
+    _, err = sweep.communicate(timeout=60)
     assert sweep.returncode == 1, err
     assert summary(light / "0")["error"] == "RuntimeError: the process was ended by SIGKILL without a summary: see log.txt"
 

@@ -1,4 +1,4 @@
-"""The moving average is the exact one in fp32, whatever the ZeRO stage and the number of ranks, and survives a kill."""
+"""The moving average is the exact one in fp32, whatever the ZeRO stage and the number of ranks. That it survives a kill: test_resume.py."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ import pytest
 import torch
 from jobs import composed, run_together
 from safetensors.torch import load_file
-from test_resume import SMALL, ppo
+from test_resume import DECAY, EMA, SMALL
 from tiny import write_pairs
 
 from rlhf.cli.assemble import with_context
 from rlhf.config import UserError
 
-DECAY = 0.7
-EMA = (
-    "+callbacks.ema._target_=rlhf.callbacks.ema.MovingAverage", "+callbacks.ema.role=actor", f"+callbacks.ema.decay={DECAY}",
-    "+callbacks.record._target_=recorder.RecordWeights",
-)  # fmt: skip
+RECORDED = (*EMA, "+callbacks.record._target_=recorder.RecordWeights")
 STAGES = {1: ("z0", "z1", "z3"), 2: ("z0", "z2", "z3")}
 
 
@@ -42,7 +38,7 @@ def test_export_is_the_exact_average(world: int, tmp_path: Path) -> None:
         run_dir = tmp_path / stage
         configs.append(
             composed(
-                "ppo", *small, "ppo.iterations=3", *data, *EMA, f"+callbacks.record.folder={run_dir / 'weights'}", f"run_dir={run_dir}",
+                "ppo", *small, "ppo.iterations=3", *data, *RECORDED, f"+callbacks.record.folder={run_dir / 'weights'}", f"run_dir={run_dir}",
                 f"zero@actor.zero={stage}", f"trainer.devices={world}",
             )
         )  # fmt: skip
@@ -56,20 +52,6 @@ def test_export_is_the_exact_average(world: int, tmp_path: Path) -> None:
             torch.testing.assert_close(tensor.double(), expected[name], rtol=0, atol=1e-6, msg=f"{stage}: {name}")
             moved = max(moved, float((tensor - plain[name]).abs().max()))
         assert moved > 1e-4, "the average must differ from the last weights, or this test shows nothing"
-
-
-@pytest.mark.launch
-def test_killed_and_resumed_keeps_the_average(tmp_path: Path) -> None:
-    data = (f"data.path={write_pairs(tmp_path / 'pairs.jsonl', 64)}", f"data.cache_dir={tmp_path / 'cache'}")
-    whole = ppo(tmp_path / "whole", *SMALL, *data, *EMA[:3])
-    assert whole.returncode == 0, whole.stderr
-    killed = ppo(tmp_path / "killed", *SMALL, *data, *EMA[:3], kill_at=5)
-    assert killed.returncode != 0
-    resumed = ppo(tmp_path / "killed", "resume=true")
-    assert resumed.returncode == 0, resumed.stderr
-    files = [tmp_path / run / "export" / "actor_ema" / "model.safetensors" for run in ("whole", "killed")]
-    first, second = (load_file(file) for file in files)
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A PPO run that is killed in the middle of an iteration and resumed gives the numbers of one that was not."""
+"""A PPO run that is killed in the middle of an iteration and resumed gives the numbers and the weights of one that was not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny import write_pairs
 
 TESTS = Path(__file__).parents[1]
@@ -20,6 +22,8 @@ SMALL = (
     "callbacks=none", "+callbacks.kill._target_=crash.KillRank",
 )  # fmt: skip
 """Everything that a checkpoint has to carry is on: adaptive KL, running reward statistics, plain text, dropout, several epochs, schedules."""
+DECAY = 0.7
+EMA = ("+callbacks.ema._target_=rlhf.callbacks.ema.MovingAverage", "+callbacks.ema.role=actor", f"+callbacks.ema.decay={DECAY}")
 
 
 def ppo(run_dir: Path, *overrides: str, kill_at: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -42,12 +46,15 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
 )
 def test_killed_and_resumed_equals_uninterrupted(ranks: int, extra: tuple[str, ...], tmp_path: Path) -> None:
     data = (f"data.path={write_pairs(tmp_path / 'pairs.jsonl', 64)}", f"data.cache_dir={tmp_path / 'cache'}", f"trainer.devices={ranks}")
-    whole = ppo(tmp_path / "whole", *SMALL, *data, *extra)
+    whole = ppo(tmp_path / "whole", *SMALL, *EMA, *data, *extra)
     assert whole.returncode == 0, whole.stderr
-    killed = ppo(tmp_path / "killed", *SMALL, *data, *extra, kill_at=5)
+    killed = ppo(tmp_path / "killed", *SMALL, *EMA, *data, *extra, kill_at=5)
     assert killed.returncode != 0
     assert len(rows(tmp_path / "killed")) == 5, killed.stderr
     resumed = ppo(tmp_path / "killed", "resume=true")
     assert resumed.returncode == 0, resumed.stderr
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     assert len(rows(tmp_path / "whole")) == 6
+    for network in ("actor", "actor_ema", "critic"):
+        first, second = (load_file(tmp_path / run / "export" / network / "model.safetensors") for run in ("whole", "killed"))
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first), network

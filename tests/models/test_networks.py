@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from rlhf.config import UserError
 from rlhf.models.export import export_network
 from rlhf.models.factory import Blueprint, build_network, freeze
+from rlhf.models.lora import init_adapters
 from rlhf.models.networks import left_aligned
 from rlhf.settings import LoraConfig
 
@@ -165,6 +166,23 @@ def test_lora_only_trains_adapters_and_head() -> None:
     assert "model.score.weight" in trained and all("lora_" in name for name in trained - {"model.score.weight"})
     assert any("lora_A" in name for name in trained)
     assert not any(p.requires_grad for p in freeze(network).parameters())
+
+
+def test_adapters_come_from_the_seed_alone(tmp_path: Path) -> None:
+    """ZeRO-3 and a GPU draw other numbers before it comes to the adapters, or on another device."""
+    save_causal("llama", tmp_path)
+
+    def drawn(seed: int, *, before: int) -> list[torch.Tensor]:
+        torch.manual_seed(seed)
+        torch.rand(before)
+        network = build(blueprint("causal", tmp_path, lora=LORA))
+        return [p.detach() for name, p in network.named_parameters() if "lora_A" in name]
+
+    first, again, other = drawn(3, before=0), drawn(3, before=5), drawn(4, before=0)
+    assert first and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    with torch.device("meta"):  # as where a GPU is the default
+        init_adapters(build(blueprint("causal", tmp_path, lora=LORA)), lambda p: nullcontext(), is_writer=True)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:

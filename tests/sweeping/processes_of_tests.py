@@ -1,4 +1,7 @@
-"""What tests of sweeps share: whether a process lives, and waiting for something to become true."""
+"""What tests of sweeps share: whether a process lives, and waiting for something to become true.
+
+The waits are long for a machine whose cores other tests use too; only a test that fails sees their end.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(true: Callable[[], object], *, seconds: float = 30.0) -> None:
+def wait_until(true: Callable[[], object], *, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
 
 
-def all_end(pids: Iterable[int], *, seconds: float = 10.0) -> None:
+def all_end(pids: Iterable[int], *, seconds: float = 30.0) -> None:
     left = set(pids)
     assert left, "no process was seen at all"
     wait_until(lambda: not any(alive(pid) for pid in left), seconds=seconds)
