@@ -128,10 +128,19 @@ class Clock:
         live = n * (work.prompt + work.answer / 2) * net.kv_width / tp * net.layers * work.element
         if self.efficiency.pads_heads and rollouts.fast(work):
             live *= padded(net.head_dim) / net.head_dim
-        reading = (weights + live * self.efficiency.decode_cache_passes) / self.memory
+        passes, gaps = self.between_kernels()
+        reading = (weights + live * passes) / self.memory
         products = 2.0 * (net.multiplied + head) / tp * n / (self.rate * self.efficiency.forward)
-        gaps = net.layers * self.efficiency.decode_layer_us * MICRO
         return steps * (max(reading, products) + gaps + self.tensor_parallel(n, net.layers))
+
+    def between_kernels(self) -> tuple[float, float]:
+        """How often a step moves the live part of the cache, and seconds of a step beside reading memory. transformers' generate runs each
+        adapter as modules of its own; the hybrid engine has folded it in."""
+        actor, efficiency = self.work.roles["actor"], self.efficiency
+        if rollouts.fast(self.work):
+            return efficiency.decode_cache_passes, actor.network.layers * efficiency.decode_layer_us * MICRO
+        adapters = sum(n for matrix, n in actor.network.adapted if actor.adapts(matrix))
+        return efficiency.hf_cache_passes, (actor.network.layers * efficiency.hf_layer_us + adapters * efficiency.hf_adapter_us) * MICRO
 
     def tensor_parallel(self, tokens: float, layers: float) -> float:
         """Two sums over the group in each layer, of one hidden state a token."""
@@ -148,7 +157,8 @@ class Clock:
         work = self.work
         operations = forward_operations(role.network, role.kind, work.batch, work.length, work.scored)
         passes = work.batch / work.score_micro
-        return max(operations / (self.rate * self.efficiency.forward), self.eager(role, passes), self.fetching(role, passes))
+        logits = self.logits(role, work.batch, self.efficiency.logit_bytes)
+        return max(operations / (self.rate * self.efficiency.forward) + logits, self.eager(role, passes), self.fetching(role, passes))
 
     def train(self, role: Role) -> float:
         """Forward and backward pass. The backward pass is twice the forward one; where only adapters learn, matrices need no gradient of
@@ -163,8 +173,13 @@ class Clock:
         micros = rows / work.micro * (2 if texts else 1)
         again = 1.0 if role.checkpointing else 0.0
         computing = factor * forward / (self.rate * self.efficiency.training) + micros * (3 + again) * self.adapters(role)
+        computing += self.logits(role, rows, self.efficiency.logit_training_bytes)
         hooks = micros * role.trained_tensors * self.efficiency.gradient_tensor_us * MICRO
         return max(computing, self.eager(role, micros * factor), self.fetching(role, micros * (2 + again))) + hooks
+
+    def logits(self, role: Role, rows: float, bytes_each: float) -> float:
+        """Memory traffic from logits to the log-probabilities of the answers (and back)."""
+        return rows * self.work.scored * role.network.vocab * bytes_each / self.memory if role.kind == "causal" else 0.0
 
     def adapters(self, role: Role) -> float:
         """Memory traffic of the adapters in a forward pass of one micro-batch."""

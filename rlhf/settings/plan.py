@@ -46,8 +46,18 @@ class EfficiencyConfig:
     """Decoding: microseconds of each layer and step beside reading memory."""
     decode_cache_passes: float
     """Decoding: how often a step moves the live part of the KV cache."""
+    hf_layer_us: float
+    """`decode_layer_us` of transformers' generate."""
+    hf_adapter_us: float
+    """Decoding by transformers' generate: microseconds of each matrix with an adapter and step, which is not folded in there."""
+    hf_cache_passes: float
+    """`decode_cache_passes` of transformers' generate."""
     eager_layer_us: float
     """Training and scoring: microseconds that a layer's forward pass takes at least, however small the batch."""
+    logit_bytes: float
+    """Scoring: bytes that are moved for each logit of an answer until its log-probabilities are there, copies in fp32 included."""
+    logit_training_bytes: float
+    """The same of training, forward and backward."""
     adapter_moves: float
     """LoRA: elements read and written in a forward pass for each output of an adapted matrix: the adapter's, scaled, added."""
     gradient_tensor_us: float
@@ -80,12 +90,12 @@ class EfficiencyConfig:
             require(0 < getattr(self, name) <= 1, f"{name} must lie in (0, 1], got {getattr(self, name)}")
         require_in("overlap", self.overlap, 0, 1)
         costs = (
-            "decode_layer_us", "eager_layer_us", "adapter_moves", "gradient_tensor_us", "optimizer_tensor_us", "optimizer_extra_bytes",
+            "decode_layer_us", "hf_layer_us", "hf_adapter_us", "eager_layer_us", "logit_bytes", "logit_training_bytes", "adapter_moves", "gradient_tensor_us", "optimizer_tensor_us", "optimizer_extra_bytes",
             "zero3_tensor_us", "collective_us", "iteration_ms",
         )  # fmt: skip
         for name in costs:
             require_in(name, getattr(self, name), 0)
-        require_at_least_one(decode_cache_passes=self.decode_cache_passes)  # type: ignore[arg-type]
+        require_at_least_one(decode_cache_passes=self.decode_cache_passes, hf_cache_passes=self.hf_cache_passes)  # type: ignore[arg-type]
         require(self.host_adam_gbs > 0, f"host_adam_gbs must be positive, got {self.host_adam_gbs}")
 
 

@@ -18,7 +18,8 @@ from rlhf.planning.speed import ADAM_BYTES, Clock, TimePlan, forward_operations,
 from rlhf.planning.workload import Workload
 
 IDEAL: dict[str, Any] = {
-    "training": 1.0, "forward": 1.0, "memory": 1.0, "decode_layer_us": 0.0, "decode_cache_passes": 1.0, "eager_layer_us": 0.0, "adapter_moves": 7.0,
+    "training": 1.0, "forward": 1.0, "memory": 1.0, "decode_layer_us": 0.0, "decode_cache_passes": 1.0, "eager_layer_us": 0.0, "adapter_moves": 7.0, "hf_layer_us": 0.0, "hf_adapter_us": 0.0,
+    "hf_cache_passes": 1.0, "logit_bytes": 0.0, "logit_training_bytes": 0.0,
     "gradient_tensor_us": 0.0, "optimizer_tensor_us": 0.0, "optimizer_extra_bytes": 0.0, "pads_heads": False, "zero3_tensor_us": 0.0, "link": 1.0, "network": 1.0,
     "overlap": 0.0, "collective_us": 0.0, "host_link": 1.0, "host_adam_gbs": 30.0, "iteration_ms": 0.0,
 }  # fmt: skip
