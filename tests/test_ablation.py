@@ -282,7 +282,8 @@ def test_the_verdicts(tmp_path: Path) -> None:
         "corrected": ("base", "no"), "dschat": ("hurts", "yes"), "dschat4": ("diverges", "no"), "dschat4-sampled": ("mends", "no"),
         "corrected-greedy": ("hurts", "yes"), "corrected-scaled": ("helps", "yes"), "corrected-entropy": ("no difference seen", "no"),
     }  # fmt: skip
-    assert report.verdict(math.nan, math.nan, diverged=0, base_diverged=0) == "too few seeds"
+    assert report.verdict(0.1, 0.2, pairs=2, diverged=0, base_diverged=0) == "too few seeds"
+    assert report.verdict(0.1, 0.2, pairs=3, diverged=0, base_diverged=0) == "helps"
 
 
 def test_the_intervals() -> None:
@@ -339,7 +340,7 @@ def test_the_page_gets_effects_where_a_cell_turns_a_key(tmp_path: Path) -> None:
 
 
 def test_keys_that_are_turned_together_say_so(tmp_path: Path) -> None:
-    rows = results(tmp_path, {"dschat": [0.4, 0.4], "dschat-own-pad-score-at-end": [0.5, 0.5]})
+    rows = results(tmp_path, {"dschat": [0.4] * 3, "dschat-own-pad-score-at-end": [0.5] * 3})
     said = report.effects(rows, report.keys_of(PAGE))
     assert said["pad_is_end"] == "dschat with `false` and `score_slot=end`: +0.100 (+0.100 to +0.100), helps"
     assert said["score_slot"].startswith("dschat with `end` and `pad_is_end=false`: ")

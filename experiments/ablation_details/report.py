@@ -35,13 +35,17 @@ UNMEASURED = "not measured yet"
 Row = dict[str, Any]
 
 
-def verdict(low: float, high: float, *, diverged: int, base_diverged: int) -> str:
+FEWEST = 3
+"""Pairs of runs below which an interval means nothing: of two there are three bootstrap means."""
+
+
+def verdict(low: float, high: float, *, pairs: int, diverged: int, base_diverged: int) -> str:
     """One of: diverges, mends (its base diverges on some seed, it on none), helps, hurts, no difference seen, too few seeds."""
     if diverged:
         return "diverges"
     if base_diverged:
         return "mends"
-    return statistics.verdict(low, high)
+    return statistics.verdict(low, high) if pairs >= FEWEST else "too few seeds"
 
 
 def table(cells: Mapping[str, Cell], runs: Runs) -> list[Row]:
@@ -61,7 +65,7 @@ def row(cell: Cell, runs: Runs) -> Row:
     low, high = bootstrap(gold)
     diff_low, diff_high = bootstrap(differences)
     t_low, t_high = student(differences)
-    judged = verdict(diff_low, diff_high, diverged=diverged, base_diverged=base_diverged) if cell.base else "base"
+    judged = verdict(diff_low, diff_high, pairs=len(differences), diverged=diverged, base_diverged=base_diverged) if cell.base else "base"
     return {
         "cell": cell.name, "from": cell.base or "", "set": " ".join(cell.flips), "n": len(gold), "diverged": diverged,
         "gold": mean(gold), "gold_sd": float(np.std(gold, ddof=1)) if len(gold) > 1 else math.nan, "gold_low": low, "gold_high": high,
