@@ -5,19 +5,27 @@ Training memory is stood in for by the actor's weights and 8 GB of other tensors
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import OPTConfig, OPTForCausalLM
-
-from rlhf.engines.hybrid import HybridEngine
-from rlhf.settings import RolloutConfig
-from rlhf.types import PromptBatch
 
 
-def main() -> None:
+def main() -> int:
+    """2: there is no GPU to look at."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    if not torch.cuda.is_available():
+        print("memory.py measures the memory of a GPU, and torch sees no CUDA device here", file=sys.stderr)
+        return 2
+    from transformers import OPTConfig, OPTForCausalLM  # here: DeepSpeed, which they bring, has its say about a machine without a GPU
+
+    from rlhf.engines.hybrid import HybridEngine
+    from rlhf.settings import RolloutConfig
+    from rlhf.types import PromptBatch
+
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     shape = OPTConfig(hidden_size=2048, num_hidden_layers=24, num_attention_heads=32, ffn_dim=8192, word_embed_proj_dim=2048)
@@ -53,7 +61,8 @@ def main() -> None:
         "card": torch.cuda.get_device_name(), "others_gb": others.numel() / 1e9, "before_gb": used[0] / 1e9,
         "after_gb": [u / 1e9 for u in used[1:]], "timings": engine.timings, "capture_seconds": engine.capture_seconds,
     }))  # fmt: skip
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -38,6 +38,9 @@ DEFAULTS = (
 
 
 def main(overrides: list[str]) -> None:
+    if {"-h", "--help"} & set(overrides):
+        print(__doc__)
+        return
     with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("bench", [*DEFAULTS, f"run_dir={folder}", *overrides])
         file = Path(folder) / "config.yaml"

@@ -2,6 +2,7 @@
 # usage: presets.sh MODEL IMDB.jsonl OUT   One SFT model and one judge; the reward models of rm=default and rm=dschat; PPO under three presets.
 # Then `python presets.py OUT` writes the csv files and draws presets.png. One H100: 10 minutes with the runs side by side.
 set -euo pipefail
+[ $# -ge 3 ] || { echo "usage: $0 MODEL IMDB.jsonl OUT" >&2; exit 2; }
 model=$1 data=$2 out=$3
 here=$(dirname "$0")
 rlhf() { python3 -m rlhf "$@"; }

@@ -2,6 +2,7 @@
 # usage: run.sh MODEL IMDB.jsonl OUT [more overrides]   MODEL: HuggingFaceTB/SmolLM2-135M-Instruct or a local folder
 # Trains the judge, then SFT, reward model and PPO, and compares on held-out prompts. One H100: minutes.
 set -euo pipefail
+[ $# -ge 3 ] || { echo "usage: $0 MODEL IMDB.jsonl OUT [more overrides]" >&2; exit 2; }
 model=$1 data=$2 out=$3; shift 3
 here=$(dirname "$0")
 rlhf() { python3 -m rlhf "$@"; }

@@ -7,6 +7,7 @@ factors, on the mean absolute logarithm of modelled over published hours, from t
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import statistics
@@ -28,7 +29,8 @@ def ratio(machine: Machine, ways: Sequence[Layout], efficiency: EfficiencyConfig
     return SAMPLES / 3600 / max(machine.time(work).sequences_per_second for _, work in ways) / hours
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     ways: dict[Cell, tuple[Machine, list[Layout], float]] = {}
     for cell, hours in order():
         work, machine, how = question(cell.hardware, cell.model, "dschat")

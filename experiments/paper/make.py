@@ -17,6 +17,9 @@ from rlhf.reporting.tables import RESULTS, read_experiment
 
 
 def main(names: Sequence[str]) -> None:
+    if {"-h", "--help"} & set(names):
+        print(__doc__)
+        return
     unknown = [name for name in names if name not in (*QUANTITIES, "all")]
     if unknown or not names:
         raise SystemExit(f"{', '.join(unknown) or 'nothing'} to make; tables: {', '.join(QUANTITIES)}, or all")

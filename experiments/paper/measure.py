@@ -6,7 +6,8 @@ TABLE may be several with commas between: an actor runs once for all of them. A 
 our engine (modelled.csv), the models have random weights, and every answer has 256 tokens, so neither data nor downloads are needed.
 An override of the user's takes the place of the layout's: `ppo.batch_size=256 ppo.minibatch_size=256` where 1024 sequences take too long. `models=`
 takes some of a table's actors. `--show` prints the commands and runs nothing. For `largest` actors are tried from the largest that the planner thinks fits down to the first
-that completes its iterations; `hardware.host_memory_gb=N` says what the host really has.
+that completes its iterations; `hardware.host_memory_gb=N` says what the host really has. Exit code 2: this machine has fewer GPUs than
+`trainer.devices`, nothing was run.
 """
 
 from __future__ import annotations
@@ -64,6 +65,13 @@ def machine_of(words: Sequence[str]) -> Machine:
         given["hardware"], int(devices), int(nodes),
         tuple(word for word in words if word.split("=", 1)[0] not in own), tuple(filter(None, given.get("models", "").split(","))),
     )  # fmt: skip
+
+
+def cards() -> int:
+    """GPUs of this machine."""
+    import torch  # takes seconds, and `--show` does without
+
+    return torch.cuda.device_count()
 
 
 def command(machine: Machine, model: str, batch: int, layout: Words) -> list[str]:
@@ -130,7 +138,10 @@ def append(table: str, row: Line, value: float, bench: dict[str, Any], words: Se
 
 
 def main(words: Sequence[str]) -> int:
-    """0: every cell that belongs to the machine was measured."""
+    """0: every cell that belongs to the machine was measured; 2: this is not the machine."""
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
     show = "--show" in words
     names = [word for word in words if word != "--show"]
     tables = names[0].split(",") if names else []
@@ -140,6 +151,15 @@ def main(words: Sequence[str]) -> int:
     for table in tables:
         if not cells_of(table, machine):
             raise SystemExit(f"{table} has no cell for {machine.gpus} x {machine.hardware}")
+    # Of several nodes this one may be without a card: the script of the launcher starts the ranks elsewhere.
+    if not show and machine.num_nodes == 1 and (found := cards()) < machine.devices:
+        print(f"trainer.devices={machine.devices}, but torch sees {found} GPUs here; --show only prints the commands", file=sys.stderr)
+        return 2
+    return measure(tables, machine, show=show)
+
+
+def measure(tables: Sequence[str], machine: Machine, *, show: bool) -> int:
+    """Runs, or prints, what belongs to the machine. 1: something was not measured."""
     missed = []
     for model, batch, layout, rows in runs(tables, machine):
         words = command(machine, model, batch, layout)

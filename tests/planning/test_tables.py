@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "paper"))
+import fit
 import make
 import measure
 import paper_cells
@@ -180,12 +181,13 @@ def test_measured_quantities_are_counted_by_hand() -> None:
 
 @pytest.fixture
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Tables in a folder of the test, where measurements may go."""
+    """Tables in a folder of the test, where measurements may go, on a machine with eight cards."""
     for name in ("table1", "table3"):
         shutil.copytree(paper_cells.HERE / name, tmp_path / name)
         (tmp_path / name / "results.csv").write_text("cell,value,unit,card,command,commit\n")
     for module in (paper_cells, paper_tables, measure):
         monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(measure, "cards", lambda: 8)
     return tmp_path
 
 
@@ -235,6 +237,33 @@ def test_a_run_counts_only_when_it_says_done(tmp_path: Path, monkeypatch: pytest
     assert measure.run(["rlhf"], tmp_path) == {"status": "done"}
     (tmp_path / "bench.json").write_text(json.dumps({"status": "out of memory"}))
     assert measure.run(["rlhf"], tmp_path) is None
+
+
+def test_without_the_cards_nothing_is_composed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(measure, "cards", lambda: 4)
+    monkeypatch.setattr(measure, "command", never)
+    assert measure.main(["table1", "hardware=a100-80g", "trainer.devices=8"]) == 2
+    assert capsys.readouterr().err.splitlines() == ["trainer.devices=8, but torch sees 4 GPUs here; --show only prints the commands"]
+
+
+def test_showing_and_several_nodes_need_no_card_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(measure, "cards", lambda: 0)
+    monkeypatch.setattr(measure, "run", lambda words, run_dir: None)
+    assert measure.main(["table1", "hardware=a100-80g", "trainer.devices=8", "--show"]) == 0
+    assert measure.main(["table2", "hardware=a100-80g", "trainer.devices=8", "trainer.num_nodes=8", "launcher=external"]) == 1
+    assert capsys.readouterr().out.count("rlhf bench step") > 5
+
+
+@pytest.mark.parametrize("script", [measure, make, fit], ids=lambda script: script.__name__)
+def test_help_is_the_docstring(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        assert not script.main(["--help"])
+    except SystemExit as end:
+        assert end.code == 0
+    assert script.__doc__.strip() in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
