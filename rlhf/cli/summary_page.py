@@ -39,6 +39,8 @@ def print_pipeline(run_dir: Path, metrics: dict[str, float], seconds: dict[str, 
     console.print(
         f"{seconds['total']:.0f} s in all; everything is in {run_dir}" + (f", the curves in {plot}" if plot else ""), soft_wrap=True
     )
+    if (run_dir / "ppo" / "export").is_dir():
+        console.print(f"talk to it: rlhf chat checkpoint={run_dir / 'ppo'}", soft_wrap=True)
 
 
 def steps_table(found: Sequence[Change]) -> Table:
