@@ -129,9 +129,9 @@ def load(verb: str, *overrides: str, config_dir: str | Path | None = None) -> Jo
         raise UserError(
             "trainer.devices and trainer.num_nodes ask for several ranks, but this process is one: use launcher=external under torchrun"
         )
-    if not external or os.environ.get("RANK", "0") == "0":
-        rundir.claim(Path(cfg.run_dir), config)
     prepare_rank(cfg.trainer)
+    if not external or os.environ["RANK"] == "0":
+        rundir.claim(Path(cfg.run_dir), config)
     from rlhf.cli.assemble import Job
 
     quiet_libraries()

@@ -113,10 +113,7 @@ class Job:
             init = self.cfg.actor.init
         if init is None and role == "critic":
             init = (self.cfg.reward if self.cfg.ppo.critic_init == "reward" else self.cfg.actor).init
-        try:
-            return None if init is None else find_export(init, *sources[role])
-        except UserError as error:
-            raise UserError(f"{role}.{error}") from error
+        return None if init is None else find_export(init, *sources[role], key=f"{role}.init")
 
     def blueprint(self, role: str, *, kind: str, trained: bool, like: str | None = None) -> Blueprint:
         """What a role's network is built of. Call `tokenizer` first.

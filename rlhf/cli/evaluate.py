@@ -84,10 +84,7 @@ def _base(job: Job, actor: Blueprint) -> Blueprint:
         UserError: it holds no model, or one with another vocabulary.
     """
     init, tokenizer = job.cfg.evaluation.base, job.tokenizer("actor")
-    try:
-        folder = find_export(init, "actor", "ref")
-    except UserError as error:
-        raise UserError(f"evaluation.base={str(error).removeprefix('init=')}") from error
+    folder = find_export(init, "actor", "ref", key="evaluation.base")
     model = dataclasses.replace(job.cfg.actor.model, tokenizer=str(folder))
     if load_tokenizer(model, job.cfg.data.chat).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"evaluation.base={init} and actor.init have different tokenizers: a KL needs one vocabulary")

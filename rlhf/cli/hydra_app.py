@@ -32,6 +32,12 @@ from rlhf.config import UserError, nearest
 MULTIRUN = ("-m", "--multirun")
 ASKING = ("-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")
 """Flags that print and run nothing: Hydra answers them, in a sweep as well."""
+FLAGS = (
+    *MULTIRUN, *ASKING, "--version", "--resolve", "-p", "--package", "-r", "--run", "-cp", "--config-path", "-cn", "--config-name", "-cd",
+    "--config-dir", "--experimental-rerun",
+)  # fmt: skip
+MEANT = {"learning_rate": "lr", "max_epochs": "epochs", "num_epochs": "epochs", "train_batch_size": "batch_size"}
+"""Other names of what some keys end with."""
 
 
 def conf_dir() -> Path:
@@ -55,6 +61,7 @@ def run(verb: str, overrides: list[str]) -> int:
             return run_sweep(verb, overrides)
         name = primary_config(verb, overrides)
         _check_single(overrides)
+        _check_flags(overrides)
     except UserError as error:
         return _refuse(str(error))
     except YAMLError as error:
@@ -63,8 +70,16 @@ def run(verb: str, overrides: list[str]) -> int:
     # Hydra's own error report ends the process with code 1 and a hint about its internals; the errors come to us instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     codes: list[int] = []
+    there = _folders_before(overrides, name)
+
+    def job(cfg: DictConfig) -> None:
+        try:
+            codes.append(_job(cfg, verb))
+        finally:
+            _take_back(Path(HydraConfig.get().runtime.output_dir), there)
+
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(lambda cfg: codes.append(_job(cfg, verb)))()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(job)()
     except UserError as error:
         return _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
@@ -72,6 +87,35 @@ def run(verb: str, overrides: list[str]) -> int:
     except YAMLError as error:
         return _refuse(_unreadable(error))
     return max(codes, default=0)
+
+
+def _folders_before(overrides: list[str], name: str) -> set[Path]:
+    """Of the folders that Hydra is about to make a run directory in, and of that itself, those that are there."""
+    given = next(
+        (word.partition("=")[2] for word in reversed(overrides) if word.startswith(("run_dir=", "hydra.run.dir="))), f"runs/{name}/of-now"
+    )
+    run_dir = Path(given).absolute()
+    return {folder for folder in (run_dir, *run_dir.parents) if folder.is_dir()}
+
+
+def _take_back(run_dir: Path, there: set[Path]) -> None:
+    """Removes the run directory that Hydra made before the job was judged, where the job has put nothing into it."""
+    if os.environ.get("RANK", "0") != "0":  # rank zero is the one that writes there
+        return
+    for folder in (run_dir, *run_dir.parents):
+        if folder in there or not folder.is_dir() or any(folder.iterdir()):
+            return
+        folder.rmdir()
+
+
+def _check_flags(overrides: list[str]) -> None:
+    """argparse would answer a flag it does not know with all those it does."""
+    for word, following in zip(overrides, [*overrides, ""][1:], strict=True):
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("-") or flag in FLAGS:
+            continue
+        behind = value if equals else following if following and "=" not in following and not following.startswith("-") else "VALUE"
+        raise UserError(f"{flag}: overrides are key=value, without dashes: {flag.lstrip('-')}={behind}")
 
 
 def _check_single(overrides: list[str]) -> None:
@@ -240,6 +284,11 @@ def explain(error: Exception, primary: str, folder: Path | None = None) -> str:
         options = [line.strip() for line in listed.splitlines()[1:] if line.strip()]
         group, _, option = name.rpartition("/")
         return f"{group}={option}: no such option{nearest(option, options)}; there are {', '.join(options)}"
+    several = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(\S+?)=(.*?)'(?: requires --multirun|\n|$)", text)
+    if several:
+        values = several.group(2)
+        whole = "" if "(" in values or "@" in several.group(1) else f", or write {several.group(1)}=[{values}] for one value that is a list"
+        return f"{several.group(1)}={values} names several values: add -m for a run with each{whole}"
     key = re.search(r"Could not override '([^']*)'|^Override (\S+?)=.* looks like a config group override", text)
     if key:
         return _unknown_key(key.group(1) or key.group(2), primary, folder)
@@ -280,7 +329,15 @@ def _unknown_key(key: str, primary: str, folder: Path | None) -> str:
     known = list(_keys(OmegaConf.to_container(cfg, resolve=False), ""))
     parent = key.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    return f"{key}: no such key{nearest(key, siblings) or nearest(key, known)}; rlhf {verb} --cfg job shows them all"
+    similar = _same_end(key, known) or nearest(key, siblings) or nearest(key, known)
+    return f"{key}: no such key{similar}; rlhf {verb} --cfg job shows them all"
+
+
+def _same_end(key: str, known: Iterable[str]) -> str:
+    """The key of the same section that ends as this one is meant to."""
+    section, _, end = key.split(".")[0], *key.rpartition(".")[1:]
+    same = [name for name in known if name.startswith(f"{section}.") and name.rpartition(".")[2] == MEANT.get(end, end)]
+    return f" (did you mean {same[0]!r}?)" if same else ""
 
 
 def _keys(node: Any, prefix: str) -> Iterable[str]:

@@ -12,8 +12,9 @@ from typing import Any
 
 from rlhf.cli import rundir
 from rlhf.cli.errors import FAILED, Interrupted, report
+from rlhf.cli.vocabulary import require_one_vocabulary
 from rlhf.config import UserError, build, check
-from rlhf.engines.launcher import accelerator, read_hostfile, render_hostfile, render_slurm, run_ranks
+from rlhf.engines.launcher import SCRIPTED, accelerator_of_ranks, read_hostfile, render_hostfile, render_slurm, run_ranks
 from rlhf.logging import log
 
 
@@ -33,7 +34,8 @@ def checked(config: Mapping[str, Any]) -> Any:
     """
     cfg = build(config)
     check(cfg)
-    kind = accelerator(cfg.trainer)
+    require_one_vocabulary(cfg)
+    kind = accelerator_of_ranks(cfg.trainer, cfg.launcher)
     if kind == "cuda":
         from rlhf.cli.plan import require_fit
 
@@ -51,11 +53,14 @@ def run_job(config: Mapping[str, Any]) -> dict[str, Any]:
     cfg = checked(config)
     run_dir = Path(cfg.run_dir)
     external = cfg.launcher.name == "external"
+    if (summary := rundir.done_already(run_dir, config)) is not None:
+        log.info("run_dir=%s is done already: there is nothing to resume", run_dir)
+        return summary
     hosts = read_hostfile(Path(cfg.launcher.hostfile), cfg.trainer) if cfg.launcher.name == "hostfile" else []
     if not external or os.environ.get("RANK", "0") == "0":
         rundir.claim(run_dir, config)
     file = (run_dir / "config.yaml").resolve()
-    if cfg.launcher.name in ("slurm", "hostfile"):
+    if cfg.launcher.name in SCRIPTED:
         return _write_script(cfg, run_dir, file, hosts)
     starts_ranks = cfg.trainer.devices > 1 and not external
     code = run_ranks(file, cfg.trainer, cfg.launcher) if starts_ranks else _run_here(config)

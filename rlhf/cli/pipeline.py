@@ -13,13 +13,12 @@ from typing import Any
 
 from rlhf.callbacks.run_log import run_logs, told
 from rlhf.cli import rundir
-from rlhf.cli.evaluate_prompts import read_prompts
-from rlhf.cli.evaluate_rules import require_no_contradiction
+from rlhf.cli.evaluate_ahead import require_possible
 from rlhf.cli.job import JobFailed, checked, run_job
 from rlhf.cli.sections import COMMON, EVALUATE, TRAINING
 from rlhf.cli.summary_page import ROWS, plot_pipeline, print_pipeline
 from rlhf.cli.wandb_settings import require_key
-from rlhf.config import UserError, build
+from rlhf.config import UserError
 from rlhf.logging import log
 
 PARTS = {step: TRAINING[step] for step in ("sft", "reward", "ppo")} | {"evaluate": EVALUATE}
@@ -85,17 +84,17 @@ def run_pipeline(config: Mapping[str, Any]) -> dict[str, Any]:
         UserError: refused before anything was written, or by a step.
         JobFailed: a step ended otherwise than done.
     """
-    steps = list(config["steps"])
+    steps, run_dir = list(config["steps"]), Path(config["run_dir"])
     unknown = [step for step in steps if step not in PARTS]
     if unknown or steps != [step for step in PARTS if step in steps]:
         raise UserError(f"steps={steps} must name some of {', '.join(PARTS)}, in that order")
-    checked(config)
+    cfg = checked(config)
+    if (whole := rundir.done_already(run_dir, config)) is not None:
+        log.info("run_dir=%s is done already: there is nothing to resume", run_dir)
+        return whole
     if "evaluate" in steps:  # before hours of training, rather than after
-        require_no_contradiction(build(step_config(config, "evaluate")))
-        if config["evaluation"]["fixed_prompts"] is not None:
-            read_prompts(config["evaluation"]["fixed_prompts"])
+        require_possible(cfg, step_config(config, "evaluate"))
     require_key(config)
-    run_dir = Path(config["run_dir"])
     rundir.claim(run_dir, config)
     start = time.perf_counter()
     summaries: dict[str, dict[str, Any]] = {}

@@ -27,6 +27,29 @@ def claim(run_dir: Path, config: Mapping[str, Any]) -> None:
     Raises:
         UserError: it holds another run, or `resume` finds none or one of another configuration.
     """
+    require_own(run_dir, config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+
+def done_already(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The summary of a run that is resumed although it is done, so that there is nothing left to do.
+
+    Raises:
+        UserError: as `claim`, for a run that is resumed.
+    """
+    if not config["resume"]:
+        return None
+    require_own(run_dir, config)
+    summary = read_summary(run_dir)
+    return summary if summary is not None and summary["status"] == "done" else None
+
+
+def require_own(run_dir: Path, config: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        UserError: the directory cannot become this run's.
+    """
     file = run_dir / "config.yaml"
     if config["resume"]:
         if not file.is_file():
@@ -38,8 +61,6 @@ def claim(run_dir: Path, config: Mapping[str, Any]) -> None:
             raise UserError(f"resume=true cannot change {change}: a run goes on as it began; start a new run_dir for other settings")
     elif (file.exists() or (run_dir / "summary.json").exists()) and not _was_refused(run_dir):
         raise UserError(f"run_dir={run_dir} already holds a run: choose another run_dir, or resume=true to go on with it")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
 
 def _was_refused(run_dir: Path) -> bool:

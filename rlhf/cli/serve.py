@@ -37,7 +37,7 @@ def run_server(cfg: Any) -> None:
         from rlhf.serving.compare import Comparisons
         from rlhf.serving.votes import Votes
     except ImportError as error:
-        raise UserError(f"chat.serve=true needs {error.name}: pip install 'rlhf[serve]'") from error
+        raise UserError(f"chat.serve=true needs {error.name}: pip install -e '.[serve]' in the checkout") from error
     chat, server = cfg.chat, cfg.chat.server
     names = _names(cfg.checkpoint, chat.compare)
     for checkpoint, key in zip(names.values(), KEYS, strict=False):

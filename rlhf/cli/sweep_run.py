@@ -22,6 +22,7 @@ from rlhf.cli import rundir
 from rlhf.cli.plan import require_fit
 from rlhf.cli.sweep_page import say_end, say_start
 from rlhf.cli.sweep_report import tell_stopped
+from rlhf.cli.vocabulary import require_one_vocabulary
 from rlhf.config import UserError, build, check
 from rlhf.engines.launcher import CORES
 from rlhf.logging import log
@@ -128,6 +129,7 @@ class Cells:
         if cfg.launcher.master_port is not None and self.place.slots > 1:
             raise UserError(f"launcher.master_port={cfg.launcher.master_port} would be that of all cells that run together: leave it null")
         check(cfg)
+        require_one_vocabulary(cfg)
         needs = self.place.needs(cfg)
         if needs > len(self.place.gpus):
             raise UserError(f"trainer.devices={needs} on GPUs, but the sweep has {len(self.place.gpus)}")

@@ -57,7 +57,9 @@ def ppo(job: Job) -> dict:
     for role in ("actor", "reward") if with_model else ("actor",):
         settings = getattr(cfg, role)
         if settings.init is None and not settings.model.pretrained:
-            log.warning("%s.init is not set: PPO starts from a %s with random weights", role, role)
+            log.warning(
+                "%s.init is not set: PPO starts from %s with random weights", role, "an actor" if role == "actor" else "a reward model"
+            )
     data = job.data("ppo", ppo.batch_size, steps=ppo.iterations, eval_batches=0)
     answers = job.rollout_callback(ppo.samples_per_prompt)
     callbacks: list[L.Callback] = [answers]

@@ -110,7 +110,10 @@ def _train(name: str, corpus: Iterable[str] | None) -> PreTrainedTokenizerFast:
         raise UserError(f"model.tokenizer={name}: the vocabulary needs at least {smallest} tokens")
     texts = list(corpus or [])
     if not texts:
-        raise UserError(f"model.tokenizer={name}: there is no text to train the tokenizer on; name data.sources with rows for SFT")
+        raise UserError(
+            f"model.tokenizer={name}: there is no text to train the tokenizer on, as the data has no row left for training: "
+            "data.split, data.max_rows and data.sources say how many there are"
+        )
     tokenizer = _word_level(texts, int(size)) if kind == "word" else _byte_pairs(texts, int(size))
     unk = UNK if kind == "word" else None
     return PreTrainedTokenizerFast(

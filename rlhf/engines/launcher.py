@@ -23,6 +23,8 @@ from rlhf.sweeping.orphans import child_environment
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 CORES = "RLHF_CORES"
 """Environment variable: how many cores the ranks of a job share, where it is not all of them."""
+SCRIPTED = ("slurm", "hostfile")
+"""Launchers for which the command only writes a script: the job finds its devices on other machines."""
 GRACE = 10.0
 """Seconds in which the other ranks may still end by themselves, with a message of their own, once one has failed."""
 
@@ -56,6 +58,18 @@ def accelerator(trainer: TrainerConfig) -> str:
     if kind == "cpu" and trainer.precision == "fp16":
         raise UserError("trainer.precision=fp16 does not run on a CPU: use fp32 or bf16")
     return kind
+
+
+def accelerator_of_ranks(trainer: TrainerConfig, launcher: LauncherConfig) -> str:
+    """cpu or cuda, as `accelerator` of the machine that runs the job. Of a job that another machine runs, what it asks for: this one may be
+    a login node, and each rank looks for its device itself.
+
+    Raises:
+        UserError: as `accelerator`.
+    """
+    if launcher.name in SCRIPTED:
+        return "cpu" if trainer.accelerator == "cpu" else "cuda"
+    return accelerator(trainer)
 
 
 def prepare_rank(trainer: TrainerConfig) -> None:

@@ -26,8 +26,16 @@ DROPOUTS = ("dropout", "attention_dropout", "hidden_dropout", "activation_dropou
 """Every name under which a transformers config keeps a dropout probability."""
 
 
-def find_export(path: str, *names: str) -> Path:
-    """The HF-layout folder that `init` means: the folder itself, or `export/<name>` of a run directory.
+STEPS = ("ppo", "dpo", "sft", "reward")
+"""Run directories that one directory may hold, as a pipeline's does: the policy that learned last comes first."""
+
+
+def find_export(path: str, *names: str, key: str = "init", otherwise: str | None = None) -> Path:
+    """The HF-layout folder that a key means: the folder itself, or `export/<name>` of a run directory.
+
+    Args:
+        key: what names `path`, for messages.
+        otherwise: the message where there is no model; None: one that says where it was looked for.
 
     Raises:
         UserError: nothing at `path` looks like a model.
@@ -36,8 +44,11 @@ def find_export(path: str, *names: str) -> Path:
     for folder in [root, *(root / "export" / name for name in names), *(root / name for name in names)]:
         if (folder / "config.json").is_file():
             return folder
+    steps = [step for name in names for step in STEPS if (root / step / "export" / name / "config.json").is_file()]
+    if steps:
+        raise UserError(f"{key}={path} holds no model, but its step {steps[0]} does: {key}={root / steps[0]}")
     expected = " or ".join(f"export/{name}" for name in names)
-    raise UserError(f"init={path} holds no model: expected config.json there, or in {expected} of a run directory")
+    raise UserError(otherwise or f"{key}={path} holds no model: expected config.json there, or in {expected} of a run directory")
 
 
 def weights_folder(model: ModelConfig, init: Path | None) -> Path | None:

@@ -31,10 +31,7 @@ def load_scorer(key: str, path: str, kwargs: dict[str, Any]) -> Scorer:
     Raises:
         UserError: it cannot be imported, built or called.
     """
-    try:
-        scorer: Any = locate(path)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
+    scorer = require_scorer(key, path, kwargs)
     if inspect.isclass(scorer):
         try:
             built = scorer(**kwargs)
@@ -43,6 +40,27 @@ def load_scorer(key: str, path: str, kwargs: dict[str, Any]) -> Scorer:
         if not callable(built):
             raise UserError(f"{key}={path} is a class whose objects cannot be called: give it __call__(prompts, answers, ended) -> scores")
         return cast(Scorer, built)
+    return cast(Scorer, scorer)
+
+
+def require_scorer(key: str, path: str, kwargs: dict[str, Any]) -> Any:
+    """What `load_scorer` loads, before the object of a class is built, which may read a model.
+
+    Raises:
+        UserError: it cannot be imported, takes other keywords, or is neither a class nor a function.
+    """
+    try:
+        scorer: Any = locate(path)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    if inspect.isclass(scorer):
+        try:
+            inspect.signature(scorer).bind(**kwargs)
+        except TypeError as error:
+            raise UserError(f"{key}_kwargs do not fit {path}: {error}") from error
+        except ValueError:
+            pass  # a class of C that does not say what it takes
+        return scorer
     if kwargs:
         raise UserError(f"{key}_kwargs are for a class, but {path} is a function")
     if not callable(scorer):

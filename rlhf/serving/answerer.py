@@ -152,10 +152,8 @@ def export_of(checkpoint: str, key: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    try:
-        return find_export(checkpoint, "actor")
-    except UserError as error:
-        raise UserError(f"{key}={checkpoint} holds no model: give a run directory or a folder in HF layout") from error
+    otherwise = f"{key}={checkpoint} holds no model: give a run directory or a folder in HF layout"
+    return find_export(checkpoint, "actor", key=key, otherwise=otherwise)
 
 
 def _device(name: str) -> torch.device:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from rlhf.config import UserError
 from rlhf.models.answering import load_judge
 from rlhf.models.source import find_export
 from rlhf.serving.conversation import ChatTemplate, Message
@@ -21,10 +20,8 @@ class Judge:
         Raises:
             UserError: there is no reward model.
         """
-        try:
-            folder = find_export(checkpoint, "reward")
-        except UserError as error:
-            raise UserError(f"chat.reward={checkpoint} holds no model: give a run directory of rlhf reward, or its export") from error
+        otherwise = f"chat.reward={checkpoint} holds no model: give a run directory of rlhf reward, or its export"
+        folder = find_export(checkpoint, "reward", key="chat.reward", otherwise=otherwise)
         self.model, tokenizer = load_judge(folder, device=device, dtype=dtype)
         self.template = ChatTemplate(tokenizer)
         self.device = device

@@ -69,7 +69,7 @@ class Study:
         try:
             import optuna
         except ImportError as error:
-            raise UserError("sweep=optuna needs Optuna: pip install 'rlhf[search]'") from error
+            raise UserError("sweep=optuna needs Optuna: pip install -e '.[search]' in the checkout") from error
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna, self.settings, self.parallel = optuna, settings, parallel

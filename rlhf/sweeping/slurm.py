@@ -80,7 +80,7 @@ def executor(folder: Path, settings: SlurmSweepConfig, *, name: str, nodes: int,
     try:
         import submitit
     except ImportError as error:
-        raise UserError("sweep=slurm needs submitit: pip install 'rlhf[slurm]'") from error
+        raise UserError("sweep=slurm needs submitit: pip install -e '.[slurm]' in the checkout") from error
     try:
         found = submitit.AutoExecutor(folder=folder, cluster=settings.executor)
     except RuntimeError as error:

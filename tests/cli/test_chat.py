@@ -210,7 +210,10 @@ def test_a_server_that_is_told_to_stop_finishes_its_answers(tmp_path: Path) -> N
 
 def test_a_server_needs_its_libraries(run_dir: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert refused("chat", f"checkpoint={run_dir}", "chat.serve=true") == "chat.serve=true needs uvicorn: pip install 'rlhf[serve]'"
+    assert (
+        refused("chat", f"checkpoint={run_dir}", "chat.serve=true")
+        == "chat.serve=true needs uvicorn: pip install -e '.[serve]' in the checkout"
+    )
 
 
 def test_a_server_that_cannot_be_is_refused(run_dir: Path, refused: Callable[..., str]) -> None:

@@ -130,7 +130,7 @@ def config(*overrides: str, verb: str = "ppo") -> dict[str, Any]:
 
 
 def test_a_run_that_cannot_fit_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf.cli.job.accelerator", lambda trainer: "cuda")
+    monkeypatch.setattr("rlhf.cli.job.accelerator_of_ranks", lambda trainer, launcher: "cuda")
     with pytest.raises(UserError, match=r"a GPU is .* GB short of memory .* hardware=a100-40g; .* and plan.enforce=false goes on"):
         checked(config(*TOO_MUCH))
     assert checked(config(*TOO_MUCH, "plan.enforce=false")).verb == "ppo"
@@ -139,7 +139,7 @@ def test_a_run_that_cannot_fit_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_pipeline_is_refused_before_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf.cli.job.accelerator", lambda trainer: "cuda")
+    monkeypatch.setattr("rlhf.cli.job.accelerator_of_ranks", lambda trainer, launcher: "cuda")
     with pytest.raises(UserError, match=r"^ppo: a GPU is .* GB short of memory"):
         checked(config(*TOO_MUCH, verb="pipeline"))
     assert checked(config(*TOO_MUCH, "steps=[sft]", verb="pipeline")).verb == "pipeline"
@@ -147,11 +147,11 @@ def test_a_pipeline_is_refused_before_its_first_step(monkeypatch: pytest.MonkeyP
 
 def test_nothing_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """trainer.accelerator=auto on a machine without a GPU, whatever hardware says."""
-    monkeypatch.setattr("rlhf.cli.job.accelerator", lambda trainer: "cpu")
+    monkeypatch.setattr("rlhf.cli.job.accelerator_of_ranks", lambda trainer, launcher: "cpu")
     assert checked(config(*TOO_MUCH)).verb == "ppo"
 
 
 def test_a_config_of_before_the_check_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf.cli.job.accelerator", lambda trainer: "cuda")
+    monkeypatch.setattr("rlhf.cli.job.accelerator_of_ranks", lambda trainer, launcher: "cuda")
     old = {key: node for key, node in config(*TOO_MUCH).items() if key != "plan"}
     assert checked(old).verb == "ppo"

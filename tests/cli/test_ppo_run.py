@@ -101,7 +101,7 @@ def test_a_run_without_critic_and_reward_model_has_neither(runs: Path) -> None:
     assert not [name for name in first if name.startswith("critic/")]
     assert float(first["rollout/reward"]) < -1, "the function's score, which is minus the length"
     errors = (runs / "stderr").read_text()
-    assert errors.count("PPO starts from a reward with random weights") == len(JOBS) - 2
+    assert errors.count("PPO starts from a reward model with random weights") == len(JOBS) - 2
 
 
 @pytest.mark.launch

@@ -125,7 +125,7 @@ def test_training_is_deterministic_and_loses_nothing(name: str) -> None:
         ("train:words:512", WORDS, "write train:word:SIZE"),
         ("train:bpe:many", WORDS, "write train:word:SIZE"),
         ("train:bpe:100", WORDS, "at least 258"),
-        ("train:word:512", [], "no text to train"),
+        ("train:word:512", [], r"no row left for training: data\.split, data\.max_rows"),
         (None, WORDS, "tokenizer is missing"),
     ],
 )
