@@ -151,6 +151,11 @@ def main(words: Sequence[str]) -> int:
     for table in tables:
         if not cells_of(table, machine):
             raise SystemExit(f"{table} has no cell for {machine.gpus} x {machine.hardware}")
+    there = dict.fromkeys(row["model"] for table in tables for row in cells_of(table, machine) if row["model"])
+    if unknown := [model for model in machine.models if model not in there]:
+        raise SystemExit(
+            f"models={','.join(unknown)}: the cells of {machine.gpus} x {machine.hardware} have {', '.join(there) or 'no actor to choose'}"
+        )
     # Of several nodes this one may be without a card: the script of the launcher starts the ranks elsewhere.
     if not show and machine.num_nodes == 1 and (found := cards()) < machine.devices:
         print(f"trainer.devices={machine.devices}, but torch sees {found} GPUs here; --show only prints the commands", file=sys.stderr)

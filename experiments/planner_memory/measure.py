@@ -30,7 +30,17 @@ PARTS = {"prefill_s": "generate/prefill", "decode_s": "generate/decode", "actor_
 
 def run(case: Case, folder: Path, timeout: float, hardware: str = CARD) -> dict[str, Any]:
     """One row. The plan is not asked whether it fits: that is what is measured."""
-    command = [sys.executable, "-m", "rlhf", "bench", "step", *case.words, f"hardware={hardware}", "plan.enforce=false", f"run_dir={folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "rlhf",
+        "bench",
+        "step",
+        *case.words,
+        f"hardware={hardware}",
+        "plan.enforce=false",
+        f"run_dir={folder}",
+    ]
     path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.log").open("w", encoding="utf-8") as log:
@@ -90,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     cases = load(options.file)
     names = [name for name in options.cases.split(",") if name] or list(cases)
+    if unknown := [name for name in names if name not in cases]:
+        parser.error(f"--cases names {', '.join(unknown)}: {options.file} has {', '.join(cases)}")
     there = {found["case"] for found in read(options.results)}
     failed = 0
     for name in names:

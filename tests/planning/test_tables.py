@@ -275,8 +275,19 @@ def test_help_is_the_docstring(script: Any, capsys: pytest.CaptureFixture[str]) 
         (["table1", "hardware=h100-80g-vm", "h100"], "overrides as key=value: h100"),
         (["table1", "hardware=h100-80g-vm", "trainer.devices=two"], "must be whole numbers"),
         (["table2", "hardware=h100-80g-vm"], "table2 has no cell for 1 x h100-80g"),
+        (
+            ["table1", "hardware=h100-80g-vm", "models=opt-13b,opt-9b"],
+            "models=opt-9b: the cells of 1 x h100-80g-vm have opt-125m, opt-1.3b",
+        ),
     ],
 )
 def test_mistakes_of_measuring(words: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         measure.main(words)
+
+
+def test_some_actors_some_tables_and_a_batch_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["hardware=h100-80g-vm", "models=opt-6.7b", "ppo.batch_size=256", "ppo.minibatch_size=256"]
+    assert measure.main(["table1,figure6", *words, "--show"]) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    assert "model@actor.model=opt-6.7b" in line and line.count("ppo.batch_size=") == 1 and "ppo.batch_size=256" in line
