@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from checkpoints import WORDS, save_policy, save_reward
 
 from rlhf.cli.main import main
@@ -185,21 +186,29 @@ def test_a_session_in_a_terminal(run_dir: Path, tmp_path: Path) -> None:
     assert "name four fruits" in (tmp_path / "rlhf" / "chat_history").read_text()
 
 
+def talkative_policy(folder: Path) -> None:
+    """A policy whose greedy answer goes on to the last token asked for: some other token's logit is always above the end token's, which is 0."""
+    model = save_policy(folder, positions=4096, tokenizer=WORDS)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[model.config.eos_token_id] = 0.0
+    model.save_pretrained(folder)
+
+
 @pytest.mark.launch
 def test_a_server_that_is_told_to_stop_finishes_its_answers(tmp_path: Path) -> None:
-    save_policy(tmp_path / "model", positions=4096, tokenizer=WORDS)
+    talkative_policy(tmp_path / "model")
     words = (f"checkpoint={tmp_path}/model", "chat.serve=true", "chat.server.port=0", f"chat.server.votes={tmp_path}/votes.jsonl")
     process = subprocess.Popen([sys.executable, "-m", "rlhf", "chat", *words], stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         address = next(found.group(1) for line in process.stderr if (found := re.search(r"serving model on (http://\S+)", line)))
-        body = {"model": "model", "messages": [{"role": "user", "content": "name"}], "stream": True, "max_tokens": 1500}
+        body = {"model": "model", "messages": [{"role": "user", "content": "name"}], "stream": True, "max_tokens": 1500, "temperature": 0}
         with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
             process.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]" and len(rest) > 3
+        assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2] and len(rest) > 3
         assert process.wait(timeout=60) == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{address}/health")
