@@ -10,14 +10,14 @@ import csv
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+from clients import speeds
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -54,7 +54,7 @@ def engine(options: argparse.Namespace) -> tuple[float, str, str]:
 
 
 def server(options: argparse.Namespace) -> float:
-    """Tokens a second that 32 clients get from the server, all of them streaming; the best of some rounds, after one to warm up."""
+    """Tokens a second that 32 clients get from the server, all of them streaming; the median of some rounds, after one to warm up."""
     words = (
         f"checkpoint={options.checkpoint}",
         "chat.serve=true",
@@ -73,21 +73,8 @@ def server(options: argparse.Namespace) -> float:
         prompt = prompt_of(address, name, options)
         body = {"model": name, "prompt": prompt, "max_tokens": options.tokens, "stream": True, "stream_options": {"include_usage": True}}
 
-        def ask(client: httpx.Client) -> int:
-            with client.stream("POST", f"{address}/v1/completions", json=body) as answer:
-                lines = [line for line in answer.iter_lines() if line.startswith("data: {")]
-            return json.loads(lines[-1].removeprefix("data: "))["usage"]["completion_tokens"]
-
-        people = [httpx.Client(timeout=600) for _ in range(options.clients)]  # made before the clock runs: each reads certificates for 20 ms
-        rounds = []
-        with ThreadPoolExecutor(options.clients) as pool:
-            for _ in range(1 + options.repeats):
-                began = time.perf_counter()
-                drawn = sum(pool.map(ask, people))
-                if drawn < options.clients * options.tokens:
-                    raise SystemExit(f"{drawn} tokens came instead of {options.clients} x {options.tokens}: answers that end early cannot be compared")
-                rounds.append(drawn / (time.perf_counter() - began))
-        return sorted(rounds[1:])[len(rounds[1:]) // 2]
+        rounds = speeds(address, body, clients=options.clients, tokens=options.tokens, rounds=1 + options.repeats)
+        return statistics.median(rounds[1:])
     finally:
         process.terminate()
         process.wait()
