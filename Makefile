@@ -10,8 +10,8 @@ demo: $(STAMP) ## the quickstart: SFT, reward model, PPO, in minutes on a CPU
 	$(BIN)/rlhf pipeline
 
 test: $(STAMP) $(VENV)/.kernels ## lint, types, tests
-	$(BIN)/ruff check rlhf tests
-	$(BIN)/ruff format --check rlhf tests
+	$(BIN)/ruff check rlhf tests experiments docs
+	$(BIN)/ruff format --check rlhf tests experiments docs
 	$(BIN)/mypy
 	$(BIN)/pytest
 

@@ -79,7 +79,8 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Before and after a run": {
         "rlhf.planning.report": ("report", "Report", "as_json"),
-        "rlhf.reporting.study": ("write_report", "read_study", "Study"),
+        "rlhf.reporting.files": ("write_report",),
+        "rlhf.reporting.study": ("read_study", "Study"),
     },
 }
 """Heading -> module -> public names."""

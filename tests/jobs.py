@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from rlhf.cli.hydra_app import conf_dir
+from rlhf.cli.compose import conf_dir
 from rlhf.engines.launcher import free_port, rank_environment
 
 

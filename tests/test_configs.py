@@ -16,8 +16,8 @@ from hydra import compose, initialize_config_dir
 from jobs import composed
 
 from rlhf import settings
-from rlhf.cli.hydra_app import _is_fragment, conf_dir
-from rlhf.cli.main import VERBS
+from rlhf.cli.compose import _is_fragment, conf_dir
+from rlhf.cli.verbs import VERBS
 from rlhf.config import UserError, build, check
 
 ROOT = Path(__file__).parents[1]

@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 from page_makers import maker
 
-from rlhf.cli.hydra_app import conf_dir
-from rlhf.cli.main import VERBS
+from rlhf.cli.compose import conf_dir
+from rlhf.cli.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.stem for path in (ROOT / "conf").glob("*.yaml") if path.stem != "base")

@@ -22,9 +22,9 @@ from hydra.core.override_parser.types import IntervalSweep
 from omegaconf import OmegaConf
 from page_makers import maker
 
-from rlhf.cli.hydra_app import primary_config, with_own_group
-from rlhf.cli.main import VERBS
-from rlhf.cli.sweep_words import Composer, read_line
+from rlhf.cli.compose import primary_config, with_own_group
+from rlhf.cli.sweep.words import Composer, read_line
+from rlhf.cli.verbs import VERBS
 from rlhf.config import build, check
 
 ROOT = Path(__file__).parents[1]

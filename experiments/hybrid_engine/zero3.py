@@ -26,7 +26,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rlhf.cli.hydra_app import conf_dir
+from rlhf.cli.compose import conf_dir
 from rlhf.config import build
 from rlhf.engines.launcher import free_port, prepare_rank, rank_environment
 
@@ -59,7 +59,7 @@ def one_rank(path: str) -> None:
     cfg = build(config)
     prepare_rank(cfg.trainer)
     from rlhf.cli.assemble import Job  # after prepare_rank: it imports deepspeed
-    from rlhf.cli.bench import Measured, actor_blueprint, run
+    from rlhf.cli.bench.measured import Measured, actor_blueprint, run
     from rlhf.engines.baselines import vocabulary
 
     job = Job(config, cfg)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from paper_cells import ENGINES, HERE
 from paper_tables import QUANTITIES, SCALED, as_csv, modelled, scale, wanted
 
-from rlhf.cli.report import write_experiment
+from rlhf.cli.report.verb import write_experiment
 from rlhf.reporting.tables import RESULTS, read_experiment
 
 

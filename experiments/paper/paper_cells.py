@@ -11,7 +11,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rlhf.cli.hydra_app import conf_dir
+from rlhf.cli.compose import conf_dir
 from rlhf.cli.plan import step_settings
 from rlhf.planning.fit import Machine, with_role
 from rlhf.planning.paper import PaperRow, paper_iteration

@@ -10,8 +10,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rlhf.cli.bench_step_page import by_phase, memory_by_phase
-from rlhf.cli.hydra_app import conf_dir
+from rlhf.cli.bench.step_page import by_phase, memory_by_phase
+from rlhf.cli.compose import conf_dir
 from rlhf.config import build
 from rlhf.planning.report import machine_of
 from rlhf.planning.workload import workload

@@ -65,7 +65,14 @@ def splits(out: Path, data: tuple[str, ...], ranks: int) -> dict[str, float]:
         return composed("ppo", *SMALL, *data, "ppo.iterations=3", f"run_dir={out / name.replace(', ', '-').replace(' ', '-')}", *extra)
 
     adapters = {"": (), ", lora": LORA}
-    small = ("model@{role}.model=tiny", "data=pairs", "data.max_prompt_tokens=12", "data.max_answer_tokens=8", "data.split=[1,1,2]", "callbacks=none")
+    small = (
+        "model@{role}.model=tiny",
+        "data=pairs",
+        "data.max_prompt_tokens=12",
+        "data.max_answer_tokens=8",
+        "data.split=[1,1,2]",
+        "callbacks=none",
+    )
     start = [
         composed(verb, *(word.format(role=role) for word in small), *data, f"{part}.max_steps=2", f"{part}.batch_size=8", f"{part}.micro_batch_size=8",
                  f"run_dir={out / verb}", *more)

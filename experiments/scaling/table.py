@@ -49,7 +49,12 @@ def draw(done: dict[str, Row], plans: dict[str, Prediction]) -> None:
     names = list(done)
     for offset, value, colour, label in (
         (-0.2, [speed(row) / int(row["gpus"]) for row in done.values()], "#1f77b4", "measured"),
-        (0.2, [int(row["sequences"]) / plans[name].seconds["iteration"] / int(row["gpus"]) for name, row in done.items()], "#bbbbbb", "planned"),
+        (
+            0.2,
+            [int(row["sequences"]) / plans[name].seconds["iteration"] / int(row["gpus"]) for name, row in done.items()],
+            "#bbbbbb",
+            "planned",
+        ),
     ):
         axes.bar([i + offset for i in range(len(names))], value, 0.4, color=colour, label=label)
     axes.set_xticks(range(len(names)), names, rotation=20, ha="right")

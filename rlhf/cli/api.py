@@ -17,11 +17,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 
 from rlhf.cli import rundir
+from rlhf.cli.compose import conf_dir, going_on, primary_config, with_own_group
 from rlhf.cli.errors import report
-from rlhf.cli.hydra_app import conf_dir, explain, going_on, primary_config, with_own_group
-from rlhf.cli.main import VERBS
+from rlhf.cli.explain import explain
 from rlhf.cli.own_verb import require_file
-from rlhf.cli.sweep_words import Composer, key_of, read_line
+from rlhf.cli.sweep.words import Composer, key_of, read_line
+from rlhf.cli.verbs import VERBS
 from rlhf.config import UserError, nearest
 from rlhf.logging import quiet_libraries, setup_logging
 
@@ -91,7 +92,7 @@ def _runner(verb: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
         return run_plan
     if verb == "report":
-        from rlhf.cli.report import run_report
+        from rlhf.cli.report.verb import run_report
 
         return run_report
     if verb == "pipeline":

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from rlhf.cli.main import VERBS
 from rlhf.cli.sections import COMMON
+from rlhf.cli.verbs import VERBS
 from rlhf.config import ENTRY, TARGET, TOP_LEVEL, UserError, locate, nearest
 from rlhf.logging import log
 

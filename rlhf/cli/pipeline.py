@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf.callbacks.run_log import run_logs, told
 from rlhf.cli import rundir
-from rlhf.cli.evaluate_ahead import require_possible
+from rlhf.cli.evaluate.ahead import require_possible
 from rlhf.cli.job import JobFailed, checked, run_job
 from rlhf.cli.sections import COMMON, EVALUATE, TRAINING
 from rlhf.cli.summary_page import ROWS, plot_pipeline, print_pipeline

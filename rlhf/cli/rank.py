@@ -28,8 +28,8 @@ def run_rank(config: Mapping[str, Any]) -> None:
     cfg = build(config)
     prepare_rank(cfg.trainer)
     from rlhf.cli.assemble import Job  # after prepare_rank: it imports deepspeed
-    from rlhf.cli.bench import bench
-    from rlhf.cli.evaluate import evaluate
+    from rlhf.cli.bench.verb import bench
+    from rlhf.cli.evaluate.verb import evaluate
     from rlhf.cli.own_verb import own_verb
     from rlhf.cli.train import dpo, ppo, reward, sft
 

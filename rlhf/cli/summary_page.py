@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlhf.cli.evaluate_page import ROWS, comparison_table, print_answers
+from rlhf.cli.evaluate.page import ROWS, comparison_table, print_answers
 from rlhf.reporting.steps import Change, changes, step_metrics
 
 __all__ = ["ROWS", "plot_pipeline", "print_pipeline", "read_columns", "smoothed"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rlhf.config import UserError
@@ -11,7 +11,7 @@ from rlhf.reporting import figures
 from rlhf.reporting.evaluated import Evaluated
 from rlhf.reporting.html import as_html
 from rlhf.reporting.runs import Run
-from rlhf.reporting.study import Study
+from rlhf.reporting.study import Study, read_study
 from rlhf.reporting.study_table import as_csv, as_markdown
 
 PAGE, TABLE, MARKDOWN = "report.html", "table.csv", "table.md"
@@ -19,6 +19,26 @@ CURVES, EFFECTS, TRADEOFFS = "report_curves.png", "report_effects.png", "report_
 """A pipeline has a curves.png of its own in its directory."""
 
 ReadEvaluation = Callable[[Run], Evaluated | None]
+
+
+def write_report(
+    folders: Iterable[Path], out: Path, metric: str | None = None, baseline: str | None = None, metrics: Sequence[str] | None = None,
+    direction: str | None = None, evaluation: ReadEvaluation | None = None,
+) -> Study:  # fmt: skip
+    """Reads the runs below the folders and writes report.html, table.csv, table.md and the figures as PNGs into `out`.
+
+    Args:
+        metric: the one that the report is about; None: the first of MAIN that there is.
+        baseline: a cell's name, or `key=value` (several with blanks between); None: the first cell.
+        metrics: further ones; None or empty: those of FURTHER.
+        direction: `higher` or `lower` is better; None: by the metric's name.
+        evaluation: reads what `rlhf evaluate` left in a run, for the page of a single one; None: the page does not show it.
+
+    Raises:
+        UserError: a folder holds no run, or there is no such metric or cell. Nothing has been written.
+    """
+    study = read_study(folders, metric=metric, baseline=baseline, metrics=metrics or None, direction=direction)
+    return write_study(study, out, evaluation)
 
 
 def write_study(study: Study, out: Path, evaluation: ReadEvaluation | None = None) -> Study:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -20,9 +20,6 @@ from rlhf.config import UserError, nearest
 from rlhf.reporting.cells import Cell, Grouping, group, text_of
 from rlhf.reporting.runs import UNREADABLE, Run, Sweep, find_runs
 from rlhf.reporting.statistics import Estimate, estimate, paired, verdict
-
-if TYPE_CHECKING:
-    from rlhf.reporting.files import ReadEvaluation
 
 MAIN = (
     "gold/ppo", "gold/after", "reward/ppo", "reward/after", "rollout/reward", "dpo/accuracy", "reward/accuracy", "sft/eval_loss",
@@ -109,28 +106,6 @@ class Study:
         ranked = self.ranked()
         most = max((result.estimates[self.metric or ""].n for result in ranked), default=0)
         return next((result for result in ranked if 2 * result.estimates[self.metric or ""].n >= most), None)
-
-
-def write_report(
-    folders: Iterable[Path], out: Path, metric: str | None = None, baseline: str | None = None, metrics: Sequence[str] | None = None,
-    direction: str | None = None, evaluation: ReadEvaluation | None = None,
-) -> Study:  # fmt: skip
-    """Reads the runs below the folders and writes report.html, table.csv, table.md and the figures as PNGs into `out`.
-
-    Args:
-        metric: the one that the report is about; None: the first of MAIN that there is.
-        baseline: a cell's name, or `key=value` (several with blanks between); None: the first cell.
-        metrics: further ones; None or empty: those of FURTHER.
-        direction: `higher` or `lower` is better; None: by the metric's name.
-        evaluation: reads what `rlhf evaluate` left in a run, for the page of a single one; None: the page does not show it.
-
-    Raises:
-        UserError: a folder holds no run, or there is no such metric or cell. Nothing has been written.
-    """
-    from rlhf.reporting.files import write_study
-
-    study = read_study(folders, metric=metric, baseline=baseline, metrics=metrics or None, direction=direction)
-    return write_study(study, out, evaluation)
 
 
 def read_study(

@@ -62,7 +62,7 @@ def no_hydra_left() -> Iterator[None]:
 @pytest.fixture
 def light(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Cells of this process's sweeps are jobs that train nothing; the folder of the sweep."""
-    monkeypatch.setattr("rlhf.cli.sweep_run.CELL", (sys.executable, str(Path(__file__).with_name("light.py")), "cell"))
+    monkeypatch.setattr("rlhf.cli.sweep.run.CELL", (sys.executable, str(Path(__file__).with_name("light.py")), "cell"))
     monkeypatch.setenv("LIGHT_PYTHON", str(tmp_path / "python"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return tmp_path / "sweep"

@@ -67,14 +67,14 @@ def replace_the_heavy_parts() -> None:
 
 def main(mode: str, *words: str) -> int:
     if mode == "sweep":
-        from rlhf.cli import sweep_run
         from rlhf.cli.main import main as command
+        from rlhf.cli.sweep import run as sweep_run
 
         sweep_run.CELL = (sys.executable, str(HERE), "cell")
         return command(list(words))
     replace_the_heavy_parts()
     if mode == "cell":
-        from rlhf.cli import sweep_cell
+        from rlhf.cli.sweep import cell as sweep_cell
 
         starter = Path(os.environ["LIGHT_PYTHON"])  # `python -m rlhf.cli.rank FILE` of the launcher
         if not starter.exists():

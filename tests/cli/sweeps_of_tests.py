@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from rlhf.cli.sweep_words import Composer, read_line
+from rlhf.cli.sweep.words import Composer, read_line
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "sweeping"))

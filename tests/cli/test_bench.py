@@ -18,9 +18,9 @@ from tiny import config as tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from rlhf.cli.bench import rollout_metrics
-from rlhf.cli.bench_page import print_rollout
-from rlhf.cli.hydra_app import with_own_group
+from rlhf.cli.bench.page import print_rollout
+from rlhf.cli.bench.rollout import rollout_metrics
+from rlhf.cli.compose import with_own_group
 from rlhf.cli.main import main
 from rlhf.config import build, check
 from rlhf.engines import bench_rollout

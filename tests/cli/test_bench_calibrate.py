@@ -14,7 +14,7 @@ import yaml
 from bench_parts import CPU, run
 from jobs import composed
 
-from rlhf.cli.bench_calibrate import calibrate, hardware_file, sizes, slug
+from rlhf.cli.bench.calibrate import calibrate, hardware_file, sizes, slug
 from rlhf.cli.main import main
 from rlhf.config import UserError, build, check
 from rlhf.engines.bench_calibrate import Calibration, Sizes

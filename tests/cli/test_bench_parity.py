@@ -15,7 +15,7 @@ from jobs import composed
 from tiny import config as tiny_config
 from transformers import AutoModelForCausalLM
 
-from rlhf.cli.bench_parity import Case, Outcome, cases, disagreement, page, parity_metrics, refuse_groups
+from rlhf.cli.bench.parity import Case, Outcome, cases, disagreement, page, parity_metrics, refuse_groups
 from rlhf.config import UserError, build
 from rlhf.engines.bench_parity import Agreement, compare, equal_tokens, mixed_prompts
 from rlhf.models.factory import Blueprint
@@ -25,7 +25,7 @@ from rlhf.types import Rollout
 WRONG_ENGINE = """
 import sys
 import bench_parts
-from rlhf.cli import bench_parity
+from rlhf.cli.bench import parity
 from rlhf.cli.main import main
 
 def engine(strategy, rollout, words, *, tp):
@@ -34,7 +34,7 @@ def engine(strategy, rollout, words, *, tp):
     answers.shift = 1e-2 if adapted else 0.0
     return answers
 
-bench_parity.hybrid_engine = engine
+parity.hybrid_engine = engine
 sys.exit(main(sys.argv[1:]))
 """
 

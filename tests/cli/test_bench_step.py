@@ -12,9 +12,9 @@ import torch
 from bench_parts import WORDS, run
 from jobs import column, composed
 
-from rlhf.cli.bench_step import Ids, ppo_settings
-from rlhf.cli.bench_step_page import Expected, Lap, complete, expected, median, phase_figures, print_step, speeds, step_metrics
-from rlhf.cli.hydra_app import primary_config
+from rlhf.cli.bench.step import Ids, ppo_settings
+from rlhf.cli.bench.step_page import Expected, Lap, complete, expected, median, phase_figures, print_step, speeds, step_metrics
+from rlhf.cli.compose import primary_config
 from rlhf.config import UserError, build, check
 from rlhf.engines.bench_rollout import Rates
 from rlhf.engines.bench_step import RandomPrompts, Spans, is_out_of_memory
@@ -90,7 +90,7 @@ def test_what_cannot_be_measured_is_refused(
 
 def test_a_plan_that_does_not_fit_is_refused_unless_it_is_not_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with the card: the accelerator is what `hardware` says."""
-    from rlhf.cli import bench_step
+    from rlhf.cli.bench import step as bench_step
 
     measured: list[Any] = []
     monkeypatch.setattr(bench_step, "accelerator", lambda trainer: "cuda")

@@ -18,7 +18,8 @@ import pytest
 import yaml
 from tiny import write_pairs
 
-from rlhf.cli.main import VERBS, main
+from rlhf.cli.main import main
+from rlhf.cli.verbs import VERBS
 
 HERE = Path(__file__).parent
 SMALL = (

@@ -23,8 +23,8 @@ from jobs import composed, run_together
 from tiny import write_pairs
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.cli.evaluate_prompts import read_prompts
-from rlhf.cli.hydra_app import conf_dir
+from rlhf.cli.compose import conf_dir
+from rlhf.cli.evaluate.prompts import read_prompts
 from rlhf.cli.main import main
 from rlhf.config import UserError
 from rlhf.data.chat import format_answer, format_prompt

@@ -13,7 +13,7 @@ from sweeps_of_tests import HERE, composer, summary
 
 from rlhf.cli.job import run_job
 from rlhf.cli.pipeline import run_pipeline
-from rlhf.cli.sweep_words import Composer
+from rlhf.cli.sweep.words import Composer
 from rlhf.config import build, check
 from rlhf.settings import SearchSweepConfig
 from rlhf.sweeping.search import Number

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf.cli.main import VERBS, main
+from rlhf.cli.main import main
 from rlhf.cli.own_verb import config_folder, own_verb
+from rlhf.cli.verbs import VERBS
 from rlhf.config import UserError
 
 TINY = ("data.max_prompt_tokens=40", "data.max_answer_tokens=24", "callbacks=none")

@@ -11,7 +11,7 @@ import pytest
 from experiment_folder import RESULTS, folder, run, sweep
 
 from rlhf.cli.main import main
-from rlhf.cli.report import with_runs
+from rlhf.cli.report.verb import with_runs
 from rlhf.reporting.page import BEGIN, END
 
 

@@ -12,7 +12,7 @@ import pytest
 from sweeps_of_tests import HERE, LOCAL, composer
 
 from rlhf.cli.main import main
-from rlhf.cli.sweep_words import plain, read_line
+from rlhf.cli.sweep.words import plain, read_line
 from rlhf.config import UserError, build, check
 from rlhf.settings import SearchSweepConfig
 

@@ -37,7 +37,7 @@ from pathlib import Path
 from rlhf.cli.main import main
 jobs, sweep, node = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 codes = [main(words) for words in jobs]
-from rlhf.cli.wandb_report import log_report, log_status
+from rlhf.cli.sweep.wandb import log_report, log_status
 log_report(sweep, node, sweep.name)
 log_status(sweep.parent / "two", "pruned", "it was worse than the median")
 log_status(sweep, "pruned", "no run of a job")

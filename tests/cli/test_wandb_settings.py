@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf.cli.wandb_report import artifact_name, log_report
+from rlhf.cli.sweep.wandb import artifact_name, log_report
 from rlhf.cli.wandb_settings import changes, facts, place
 from rlhf.config import UserError
 

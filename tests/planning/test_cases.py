@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from jobs import composed
 
-from rlhf.cli.bench_step import ppo_settings
+from rlhf.cli.bench.step import ppo_settings
 from rlhf.config import build
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

@@ -22,7 +22,7 @@ import paper_cells
 import paper_tables
 from jobs import composed
 
-from rlhf.cli.hydra_app import primary_config, with_own_group
+from rlhf.cli.compose import primary_config, with_own_group
 from rlhf.config import build, check
 from rlhf.planning.paper import LARGEST_BATCH, SAMPLES
 from rlhf.reporting.page import BEGIN, END, as_markdown, into_readme

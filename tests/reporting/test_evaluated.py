@@ -12,11 +12,12 @@ from browser import Tab, binary, chromium
 from experiment_folder import run
 from pipelines import ANSWERS, EVALUATE, SFT, pipeline
 
-from rlhf.cli.evaluate_page import comparison_table
-from rlhf.cli.report_evaluation import calibration_bins, policies, read_evaluated
+from rlhf.cli.evaluate.page import comparison_table
+from rlhf.cli.report.evaluation import calibration_bins, policies, read_evaluated
 from rlhf.modules.measures import JudgedPrompt, calibration, pair_metrics, wilson
+from rlhf.reporting.files import write_report
 from rlhf.reporting.runs import read_run
-from rlhf.reporting.study import Study, write_report
+from rlhf.reporting.study import Study
 from rlhf.reporting.words import MINUS
 
 

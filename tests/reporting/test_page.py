@@ -11,7 +11,7 @@ from browser import Tab, binary, chromium
 from experiment_folder import run, sweep
 
 from rlhf.reporting.effects import nice_step
-from rlhf.reporting.study import write_report
+from rlhf.reporting.files import write_report
 
 HOSTILE = "<script>alert(1)</script>&'\""
 CURVE = "step,rollout/reward,rollout/kl\n" + "".join(f"{i},{i / 10},{i / 20}\n" for i in range(1, 30))

@@ -11,9 +11,9 @@ from experiment_folder import run
 from pipelines import EVALUATE, REWARD, SFT, pipeline
 
 from rlhf.cli.summary_page import print_pipeline, steps_table
+from rlhf.reporting.files import write_report
 from rlhf.reporting.runs import read_run
 from rlhf.reporting.steps import Change, changes_of, mean_changes
-from rlhf.reporting.study import write_report
 from rlhf.reporting.words import MINUS
 
 ALL = [

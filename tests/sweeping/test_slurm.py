@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.cli.sweep_slurm import record_lost
+from rlhf.cli.sweep.slurm import record_lost
 from rlhf.config import UserError, build
 from rlhf.sweeping import slurm, slurm_queue
 from rlhf.sweeping.slurm import JOB, LATE, ClusterJob, Work, executor, still_there, submit, task_environment, watch

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rlhf.cli.bench_page import GB, console, number, significant
+from rlhf.cli.bench.page import GB, console, number, significant
 from rlhf.config import UserError
 from rlhf.engines.bench_rollout import Rates
 from rlhf.planning.memory import MemoryPlan, Phase

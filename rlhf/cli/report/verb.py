@@ -79,9 +79,9 @@ def run_report(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _study(cfg: ReportConfig, runs: list[Path]) -> dict[str, float]:
     """Writes and prints the report of the runs; returns the best cell's mean."""
-    from rlhf.cli.report_evaluation import read_evaluated
-    from rlhf.cli.report_study import print_study
-    from rlhf.reporting.study import write_report
+    from rlhf.cli.report.evaluation import read_evaluated
+    from rlhf.cli.report.study import print_study
+    from rlhf.reporting.files import write_report
 
     out = runs[0] if cfg.out is None else Path(cfg.out)
     study = write_report(runs, out, cfg.metric, cfg.baseline, cfg.metrics, cfg.direction, read_evaluated)
@@ -101,7 +101,7 @@ def _refuse_without_runs(cfg: ReportConfig) -> None:
 
 
 def _experiments(found: list[Experiment]) -> dict[str, float]:
-    from rlhf.cli.report_page import print_medians, print_report
+    from rlhf.cli.report.page import print_medians, print_report
 
     for one in found:
         write_experiment(one)

@@ -23,17 +23,18 @@ def report_sweep(directory: Path, cells: Sequence[Cell], metric: str | None) -> 
     done = [directory / cell.folder for cell in cells if (read_summary(directory / cell.folder) or {}).get("status") == "done"]
     if not done:
         return
-    from rlhf.reporting.study import write_report
+    from rlhf.cli.report.evaluation import read_evaluated
+    from rlhf.reporting.files import write_report
 
     try:
-        write_report([directory], directory, metric=metric)
+        write_report([directory], directory, metric=metric, evaluation=read_evaluated)
     except Exception as error:  # the runs are on disk: no reason to end a sweep as failed
         log.warning("there is no report of this sweep (%s: %s); rlhf report %s says more", type(error).__name__, error, directory)
         return
     log.info("report: %s", directory / "report.html")
     settings = ((rundir.saved_config(done[0]) or {}).get("logger") or {}).get("wandb")
     if settings is not None:
-        from rlhf.cli.wandb_report import log_report
+        from rlhf.cli.sweep.wandb import log_report
 
         _told(lambda: log_report(directory, settings, directory.name))
 
@@ -41,7 +42,7 @@ def report_sweep(directory: Path, cells: Sequence[Cell], metric: str | None) -> 
 def tell_stopped(run_dir: Path, status: str, reason: str) -> None:
     """A cell that was killed could not say itself how it ended."""
     if (run_dir / "wandb").is_dir():
-        from rlhf.cli.wandb_report import log_status
+        from rlhf.cli.sweep.wandb import log_status
 
         _told(lambda: log_status(run_dir, status, reason))
 

@@ -22,8 +22,9 @@ from rlhf.callbacks.metrics import GpuMeter, Throughput, WriteMetrics
 from rlhf.callbacks.rollout import RolloutCallback
 from rlhf.callbacks.start import Start
 from rlhf.cli.assemble import DTYPES, Job
-from rlhf.cli.bench import actor_blueprint, card, finish, is_rank_zero, write_json
-from rlhf.cli.bench_step_page import WHOLE, Expected, Lap, complete, expected, phase_figures, print_step, speeds, spread, step_metrics
+from rlhf.cli.bench.measured import actor_blueprint
+from rlhf.cli.bench.results import card, finish, is_rank_zero, write_json
+from rlhf.cli.bench.step_page import WHOLE, Expected, Lap, complete, expected, phase_figures, print_step, speeds, spread, step_metrics
 from rlhf.cli.errors import Interrupted
 from rlhf.cli.plan import require_fit
 from rlhf.cli.train import ppo

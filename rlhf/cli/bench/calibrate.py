@@ -18,8 +18,8 @@ from rich.table import Table
 
 from rlhf.cli import rundir
 from rlhf.cli.assemble import Job
-from rlhf.cli.bench import card, finish, is_rank_zero, versions, write_report
-from rlhf.cli.bench_page import console
+from rlhf.cli.bench.page import console
+from rlhf.cli.bench.results import card, finish, is_rank_zero, versions, write_report
 from rlhf.config import UserError
 from rlhf.engines.bench_calibrate import MEGA, Calibration, Measurement, Sizes, memory_bytes
 from rlhf.engines.launcher import accelerator

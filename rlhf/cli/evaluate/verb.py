@@ -1,7 +1,7 @@
 """The verb `evaluate` inside one rank: judges policies and a reward model on held-out rows.
 
-Knows which parts are asked for; the measures are `rlhf.modules.measures`', the rules `rlhf.cli.evaluate_rules`', the pages
-`rlhf.cli.evaluate_page`'s.
+Knows which parts are asked for; the measures are `rlhf.modules.measures`', the rules `rlhf.cli.evaluate.rules`', the pages
+`rlhf.cli.evaluate.page`'s.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from rlhf.callbacks.run_log import run_logs, told
 from rlhf.cli.assemble import Job
-from rlhf.cli.evaluate_page import plot_calibration, print_page, sample_rows, write_samples, write_side_by_side
-from rlhf.cli.evaluate_prompts import FixedPrompt, pair_rows, prompt_rows, read_prompts
-from rlhf.cli.evaluate_rules import require_no_contradiction
+from rlhf.cli.evaluate.page import plot_calibration, print_page, sample_rows, write_samples, write_side_by_side
+from rlhf.cli.evaluate.prompts import FixedPrompt, pair_rows, prompt_rows, read_prompts
+from rlhf.cli.evaluate.rules import require_no_contradiction
 from rlhf.config import UserError
 from rlhf.data.collate import CollatePairs, CollatePrompts, CollateSourced, Padding
 from rlhf.data.encode import Limits

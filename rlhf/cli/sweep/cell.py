@@ -1,4 +1,4 @@
-"""One cell of a sweep as a process: `python -m rlhf.cli.sweep_cell` reads a resolved config and runs its job.
+"""One cell of a sweep as a process: `python -m rlhf.cli.sweep.cell` reads a resolved config and runs its job.
 
 Started by a sweep, on this machine or in a job of SLURM. It leaves a summary whatever happens, as long as it lives. Knows no sweep.
 Exit codes: 0 done, 1 failed, 2 refused.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.cli.evaluate_page import MISSING, comparison_table
+from rlhf.cli.evaluate.page import MISSING, comparison_table
 from rlhf.modules.measures import JUDGES, wilson
 from rlhf.reporting.evaluated import Answer, Evaluated, Sample
 from rlhf.reporting.figures import Bin

@@ -21,7 +21,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, QuotedStri
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf.cli.hydra_app import MULTIRUN, conf_dir, primary_config, resolved
+from rlhf.cli.compose import MULTIRUN, conf_dir, primary_config, resolved
 from rlhf.config import UserError, nearest
 from rlhf.sweeping.search import Choice, Dimension, Number
 

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from rlhf.cli.assemble import DTYPES, Job
-from rlhf.cli.bench import Measured, MeasuredTraining, actor_blueprint, finish, is_rank_zero, run, write_json
-from rlhf.cli.bench_page import print_parity
+from rlhf.cli.bench.measured import Measured, MeasuredTraining, actor_blueprint, run
+from rlhf.cli.bench.page import print_parity
+from rlhf.cli.bench.results import finish, is_rank_zero, write_json
 from rlhf.cli.errors import Interrupted
 from rlhf.config import UserError
 from rlhf.engines.baselines import vocabulary

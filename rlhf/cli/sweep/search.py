@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rlhf.cli.sweep_run import Cells
-from rlhf.cli.sweep_words import Composer, key_of, plain
+from rlhf.cli.sweep.run import Cells
+from rlhf.cli.sweep.words import Composer, key_of, plain
 from rlhf.config import UserError, nearest
 from rlhf.logging import log
 from rlhf.settings import SearchSweepConfig
@@ -21,7 +21,7 @@ from rlhf.sweeping.scheduler import Task
 from rlhf.sweeping.search import Study, Words
 
 if TYPE_CHECKING:
-    from rlhf.cli.sweep import Command
+    from rlhf.cli.sweep.command import Command
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from rlhf.cli.report_page import wide_console
+from rlhf.cli.report.page import wide_console
 from rlhf.reporting.files import PAGE
 from rlhf.reporting.runs import shown
 from rlhf.reporting.study import Result, Study

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from rlhf.cli import rundir, sweep_run
-from rlhf.cli.sweep_run import Place
+from rlhf.cli import rundir
+from rlhf.cli.sweep import run as here
+from rlhf.cli.sweep.run import Place
 from rlhf.settings import SlurmSweepConfig
 from rlhf.sweeping.cells import Cell, read_summary, write_summary
 from rlhf.sweeping.scheduler import Handle
@@ -38,7 +39,7 @@ class Cluster:
             self.folder(cell), self.settings, name=f"{self.directory.name}-{cell.folder}", nodes=nodes, devices=trainer["devices"],
             gpus=trainer["accelerator"] != "cpu",
         )  # fmt: skip
-        command, stdin = sweep_run.CELL, yaml.safe_dump(config)
+        command, stdin = here.CELL, yaml.safe_dump(config)
         if nodes > 1:
             rundir.claim(folder, config)
             command, stdin = (*command[:2], "rlhf.cli.rank", str(folder / "config.yaml")), ""

@@ -16,7 +16,7 @@ from rlhf.cli.rundir import write_atomically
 from rlhf.modules.measures import JUDGES, Bin, JudgedPrompt, Records, wilson
 
 if TYPE_CHECKING:
-    from rlhf.cli.evaluate_prompts import FixedPrompt  # which loads tokenizers, and a pipeline's parent shows this page without them
+    from rlhf.cli.evaluate.prompts import FixedPrompt  # which loads tokenizers, and a pipeline's parent shows this page without them
 
 ROWS = {
     "gold score": "gold/{}", "reward": "reward/{}", "answer length": "length/{}", "ended by itself": "eos_rate/{}",

@@ -20,8 +20,8 @@ import yaml
 
 from rlhf.cli import rundir
 from rlhf.cli.plan import require_fit
-from rlhf.cli.sweep_page import say_end, say_start
-from rlhf.cli.sweep_report import tell_stopped
+from rlhf.cli.sweep.page import say_end, say_start
+from rlhf.cli.sweep.report import tell_stopped
 from rlhf.cli.vocabulary import require_one_vocabulary
 from rlhf.config import UserError, build, check
 from rlhf.engines.launcher import CORES
@@ -31,7 +31,7 @@ from rlhf.sweeping.leases import VISIBLE
 from rlhf.sweeping.processes import Ended, LocalJob
 from rlhf.sweeping.scheduler import Handle, Task
 
-CELL: tuple[str, ...] = (sys.executable, "-m", "rlhf.cli.sweep_cell")
+CELL: tuple[str, ...] = (sys.executable, "-m", "rlhf.cli.sweep.cell")
 Config = dict[str, Any]
 
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.cli.evaluate_prompts import pair_rows, prompt_rows, read_prompts
-from rlhf.cli.evaluate_rules import require_no_contradiction
+from rlhf.cli.evaluate.prompts import pair_rows, prompt_rows, read_prompts
+from rlhf.cli.evaluate.rules import require_no_contradiction
 from rlhf.config import build
 from rlhf.data.encode import Limits
 from rlhf.data.phases import sft_corpus

@@ -1,0 +1,91 @@
+"""Hydra's and OmegaConf's errors in the words of who typed the command. Knows their messages; composes only to name the nearest key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+
+from rlhf.cli.compose import conf_dir, search_in
+from rlhf.config import nearest
+
+MEANT = {"learning_rate": "lr", "max_epochs": "epochs", "num_epochs": "epochs", "train_batch_size": "batch_size"}
+"""Other names of what some keys end with."""
+
+
+def explain(error: Exception, primary: str, folder: Path | None = None) -> str:
+    """Hydra's and OmegaConf's errors as one sentence that names the key and the nearest right one. `primary` is the file composed,
+    `folder` what `--config-dir` names."""
+    text = str(error)
+    cause = str(error.__cause__ or "")
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {getattr(error, 'override', '')!r} as key=value: {_first_line(text)}"
+    if isinstance(error, MissingConfigException) and "Available options" in text:
+        missing = re.search(r"Could not find '([^']*)'", text)
+        name = missing.group(1) if missing else ""
+        listed = text.split("Available options", 1)[1].partition("Config search path")[0]
+        options = [line.strip() for line in listed.splitlines()[1:] if line.strip()]
+        group, _, option = name.rpartition("/")
+        return f"{group}={option}: no such option{nearest(option, options)}; there are {', '.join(options)}"
+    several = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(\S+?)=(.*?)'(?: requires --multirun|\n|$)", text)
+    if several:
+        values = several.group(2)
+        whole = "" if "(" in values or "@" in several.group(1) else f", or write {several.group(1)}=[{values}] for one value that is a list"
+        return f"{several.group(1)}={values} names several values: add -m for a run with each{whole}"
+    key = re.search(r"Could not override '([^']*)'|^Override (\S+?)=.* looks like a config group override", text)
+    if key:
+        return _unknown_key(key.group(1) or key.group(2), primary, folder)
+    group = re.search(r"In '[^']*': Could not find '([^']*)'|Could not override '([^']*)'\. No match in the defaults list", text)
+    if group:
+        return f"{group.group(1) or group.group(2)}: no such group or option; rlhf {_as_typed(primary, folder)} --help lists them"
+    if isinstance(error, ConfigCompositionException) and cause:
+        return _first_line(cause)
+    return " ".join(text.split())
+
+
+def _unknown_key(key: str, primary: str, folder: Path | None) -> str:
+    """Names the nearest key of the composed config, or the nearest group."""
+    key = key.lstrip("+~")
+    search_in(folder)
+    cfg = hydra.compose(config_name=primary, return_hydra_config=True)
+    GlobalHydra.instance().clear()
+    verb = _as_typed(primary, folder)
+    groups = [name for name in cfg.hydra.runtime.choices if not name.startswith("hydra/")]
+    in_package = [name for name in groups if name.startswith(f"{key}@")]  # `model` where `model@actor.model` is meant
+    if "@" in key or "/" in key or in_package:
+        similar = nearest(in_package[0] if in_package else key, groups)
+        return f"{key}: no such group in rlhf {verb}{similar}; rlhf {verb} --help lists them"
+    known = list(_keys(OmegaConf.to_container(cfg, resolve=False), ""))
+    parent = key.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    similar = _same_end(key, known) or nearest(key, siblings) or nearest(key, known)
+    return f"{key}: no such key{similar}; rlhf {verb} --cfg job shows them all"
+
+
+def _same_end(key: str, known: Iterable[str]) -> str:
+    """The key of the same section that ends as this one is meant to."""
+    section, _, end = key.split(".")[0], *key.rpartition(".")[1:]
+    same = [name for name in known if name.startswith(f"{section}.") and name.rpartition(".")[2] == MEANT.get(end, end)]
+    return f" (did you mean {same[0]!r}?)" if same else ""
+
+
+def _as_typed(primary: str, folder: Path | None) -> str:
+    """The words behind `rlhf` that start from a file: those of `bench_step` are `bench step`, those of a user's file name its folder."""
+    return primary.replace("_", " ") if (conf_dir() / f"{primary}.yaml").is_file() else f"{primary} --config-dir {folder}"
+
+
+def _keys(node: Any, prefix: str) -> Iterable[str]:
+    for name, value in node.items() if isinstance(node, dict) else ():
+        key = f"{prefix}.{name}" if prefix else str(name)
+        yield key
+        yield from _keys(value, key)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else "the configuration cannot be composed"

@@ -1,0 +1,1 @@
+"""The verb `report`: from folders to a page; how a page looks is rlhf/reporting's."""

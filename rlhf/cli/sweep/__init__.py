@@ -1,0 +1,1 @@
+"""`rlhf VERB -m`: from words to cells to a table; processes, GPUs and clusters are rlhf/sweeping's."""
