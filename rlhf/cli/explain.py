@@ -62,6 +62,8 @@ def _unknown_key(key: str, primary: str, folder: Path | None) -> str:
         similar = nearest(in_package[0] if in_package else key, groups)
         return f"{key}: no such group in rlhf {verb}{similar}; rlhf {verb} --help lists them"
     known = list(_keys(OmegaConf.to_container(cfg, resolve=False), ""))
+    if key in known:  # a mapping that is given names it does not have yet, such as a function's keywords
+        return f"{key}: new keys in it need a plus: +{key}={{NAME: VALUE}}, or +{key}.NAME=VALUE"
     parent = key.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
     similar = _same_end(key, known) or nearest(key, siblings) or nearest(key, known)

@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.config import UserError
-
 
 class ScalarScorer:
     """Scores prompt and answer as one text: 1.0 above the threshold, 0.0 below, so that a mean is the share of texts above it."""
@@ -23,15 +21,24 @@ class ScalarScorer:
             path: an export of the `reward` verb, or any one-label sequence-classification model in HF layout.
 
         Raises:
-            UserError: there is no such model.
+            ValueError: there is no such model.
         """
-        if not (Path(path) / "config.json").is_file():
-            raise UserError(f"evaluation.gold_kwargs.path={path} holds no model (no config.json): give an export of the reward verb")
+        self.check(path)
         self.threshold = threshold
         self.batch_size = batch_size
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
         self.model = AutoModelForSequenceClassification.from_pretrained(path).to(self.device).eval()
+
+    @staticmethod
+    def check(path: str, **others: object) -> None:
+        """Reads nothing.
+
+        Raises:
+            ValueError: there is no such model.
+        """
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(f"path={path} holds no model (no config.json): give an export of the reward verb")
 
     @torch.no_grad()
     def scores(self, texts: Sequence[str], *, max_tokens: int | None = None) -> list[float]:

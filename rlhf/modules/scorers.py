@@ -43,11 +43,15 @@ def load_scorer(key: str, path: str, kwargs: dict[str, Any]) -> Scorer:
     return cast(Scorer, scorer)
 
 
-def require_scorer(key: str, path: str, kwargs: dict[str, Any]) -> Any:
+def require_scorer(key: str, path: str, kwargs: dict[str, Any], *, files: bool = True) -> Any:
     """What `load_scorer` loads, before the object of a class is built, which may read a model.
 
+    Args:
+        files: a class with a static method `check(**kwargs)` is asked whether what it would read is there; it raises a ValueError
+            that begins with the keyword.
+
     Raises:
-        UserError: it cannot be imported, takes other keywords, or is neither a class nor a function.
+        UserError: it cannot be imported, takes other keywords, or is neither a class nor a function; its `check` refuses.
     """
     try:
         scorer: Any = locate(path)
@@ -60,6 +64,11 @@ def require_scorer(key: str, path: str, kwargs: dict[str, Any]) -> Any:
             raise UserError(f"{key}_kwargs do not fit {path}: {error}") from error
         except ValueError:
             pass  # a class of C that does not say what it takes
+        if files and hasattr(scorer, "check"):
+            try:
+                scorer.check(**kwargs)
+            except ValueError as error:
+                raise UserError(f"{key}_kwargs.{error}") from error
         return scorer
     if kwargs:
         raise UserError(f"{key}_kwargs are for a class, but {path} is a function")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from tiny import write_pairs
 
 from rlhf.cli.main import main
 from rlhf.engines.launcher import RANK_VARIABLES
@@ -66,3 +67,14 @@ def light(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LIGHT_PYTHON", str(tmp_path / "python"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return tmp_path / "sweep"
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    return write_pairs(tmp_path / "pairs.jsonl", 32)
+
+
+@pytest.fixture
+def there(tmp_path: Path, pairs: Path) -> tuple[str, str]:
+    """A run directory and a file of pairs, for any command."""
+    return f"run_dir={tmp_path / 'run'}", f"data.path={pairs}"

@@ -3,28 +3,20 @@ run has no use for, a script for machines that are not this one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import save_policy
 from jobs import composed
-from test_refusals import HYBRID, PPO, SFT, begun, contents, says
-from tiny import write_pairs
+from refusals import HYBRID, PPO, SFT, Refused, begun, contents, says
 
 from rlhf.cli.main import main
 from rlhf.cli.rundir import claim, write_summary
 from rlhf.cli.vocabulary import require_one_vocabulary
 from rlhf.config import UserError, build
 
-Refused = Callable[..., str]
 PIPELINE = ("pipeline", *PPO[1:], "sft.batch_size=4", "sft.micro_batch_size=4", "rm.batch_size=4", "rm.micro_batch_size=4")
-
-
-@pytest.fixture
-def pairs(tmp_path: Path) -> Path:
-    return write_pairs(tmp_path / "pairs.jsonl", 32)
 
 
 # --- done already ----------------------------------------------------------------------------------------------------------------
@@ -61,6 +53,7 @@ EVALUATIONS = {
     "a prompt that is too long": ("evaluation.fixed_prompts=long.yaml", "long.yaml:3: the prompt has 13 tokens, more than data.max_prompt_tokens=12"),
     "no such scorer": ("evaluation.gold=json.dump5", "evaluation.gold: cannot import 'json.dump5'"),
     "keywords that do not fit": ("+evaluation.gold_kwargs.width=3", "evaluation.gold_kwargs do not fit rlhf.models.scorer.ScalarScorer"),
+    "no such judge": ("+evaluation.gold_kwargs={path:nowhere,threshold:0}", "evaluation.gold_kwargs.path=nowhere holds no model"),
     "no such base": ("evaluation.base=nowhere", "evaluation.base=nowhere holds no model"),
 }  # fmt: skip
 

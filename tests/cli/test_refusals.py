@@ -2,49 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from jobs import composed
+from refusals import EVALUATE, HYBRID, PPO, REWARD, SFT, Refused, says
 from tiny import config as tiny_config
-from tiny import write_pairs
 
-from rlhf.cli.rundir import claim, read_summary, write_summary
 from rlhf.config import build
 from rlhf.data.tokenizer import load_tokenizer
-
-Refused = Callable[..., str]
-
-DATA = ("data=pairs", "data.max_prompt_tokens=12", "data.max_answer_tokens=8", "data.split=[1,1,2]", "callbacks=none")
-SFT = ("sft", "model@actor.model=tiny", *DATA, "sft.batch_size=4", "sft.micro_batch_size=4")
-REWARD = ("reward", "model@reward.model=tiny", *DATA, "rm.batch_size=4", "rm.micro_batch_size=4")
-PPO = (
-    "ppo", "model@actor.model=tiny", "model@critic.model=tiny", "model@reward.model=tiny", *DATA, "ppo.batch_size=4", "ppo.minibatch_size=4",
-    "ppo.micro_batch_size=4",
-)  # fmt: skip
-HYBRID = ("rollout=hybrid_engine",)
-EVALUATE = ("evaluate", "model@actor.model=tiny", "model@reward.model=tiny", *DATA)
-
-
-@pytest.fixture
-def pairs(tmp_path: Path) -> Path:
-    return write_pairs(tmp_path / "pairs.jsonl", 32)
-
-
-@pytest.fixture
-def there(tmp_path: Path, pairs: Path) -> tuple[str, str]:
-    """A run directory and a file of pairs, for any command."""
-    return f"run_dir={tmp_path / 'run'}", f"data.path={pairs}"
-
-
-def says(message: str, parts: tuple[str, ...]) -> None:
-    missing = [part for part in parts if part not in message]
-    assert not missing, f"{missing} not in: {message}"
-
 
 # --- the command line ------------------------------------------------------------------------------------------------------------
 
@@ -63,6 +30,7 @@ WORDS = {
     "group like no other": (("sft", "zzz@qqq=1"), ("zzz@qqq: no such group in rlhf sft; rlhf sft --help",)),
     "group without its role": (("sft", "model=tiny"), ("model: no such group", "'model@actor.model'", "--help")),
     "key named by what others call it": ((*SFT, "sft.learning_rate=1e-3"), ("sft.learning_rate: no such key (did you mean 'sft.optimizer.lr'?)",)),
+    "keyword without a plus": (("evaluate", "evaluation.gold_kwargs={path:x}"), ("evaluation.gold_kwargs: new keys in it need a plus", "+evaluation.gold_kwargs.NAME=VALUE")),
     "key without its section": ((*PPO, "ppo.kl_in.lr=1"), ("did you mean 'ppo.actor_optimizer.lr'?",)),
     "key with dashes": (("ppo", "--run_dir", "x"), ("--run_dir: overrides are key=value, without dashes: run_dir=x",)),
     "key with one dash": (("ppo", "-run_dir=x"), ("-run_dir: overrides are key=value, without dashes: run_dir=x",)),
@@ -334,73 +302,3 @@ def test_actor_and_reward_model_with_different_words(refused: Refused, there: tu
         tiny_config("llama").save_pretrained(tmp_path / role)
     message = refused(*PPO, *there, f"actor.init={tmp_path / 'actor'}", f"reward.init={tmp_path / 'reward'}")
     says(message, ("reward.init and actor have different tokenizers", "train both"))
-
-
-# --- run directories -------------------------------------------------------------------------------------------------------------
-
-
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def begun(run_dir: Path, pairs: Path, *, status: str | None, file_size: int = 8, ranks: int = 1) -> Path:
-    """The directory of an SFT run as it looks with one checkpoint, which lists a file of eight bytes."""
-    config = composed(*SFT, f"run_dir={run_dir}", f"data.path={pairs}")
-    claim(run_dir, config)
-    if status is not None:
-        write_summary(config, status)
-    checkpoint = run_dir / "checkpoints" / "step-000002"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "module.pt").write_bytes(b"\0" * file_size)
-    (checkpoint / "manifest.json").write_text(json.dumps({"step": 2, "world_size": ranks, "files": {"module.pt": 8}}))
-    return run_dir
-
-
-@pytest.mark.parametrize("status", ["done", "failed", None], ids=["done", "failed", "killed"])
-def test_another_run_is_not_touched(status: str | None, refused: Refused, pairs: Path, tmp_path: Path) -> None:
-    run_dir = begun(tmp_path / "run", pairs, status=status)
-    before = contents(run_dir)
-    message = refused(*SFT, f"run_dir={run_dir}", f"data.path={pairs}", "seed=7")
-    says(message, (f"run_dir={run_dir} already holds a run", "another run_dir", "resume=true"))
-    assert contents(run_dir) == before
-
-
-def test_a_refused_first_start_may_be_tried_again(refused: Refused, there: tuple[str, str], tmp_path: Path) -> None:
-    for _ in range(2):
-        says(refused(*SFT, *there, "data.sources=[piars]"), ("piars",))
-    summary = read_summary(tmp_path / "run")
-    assert summary is not None
-    assert summary["status"] == "refused"
-    assert "piars" in summary["error"]
-
-
-def test_resume_where_there_is_no_run(refused: Refused, there: tuple[str, str], tmp_path: Path) -> None:
-    says(refused(*SFT, *there, "resume=true"), ("resume=true", str(tmp_path / "run"), "holds no run", "give the directory"))
-
-
-def test_resume_cannot_change_what_is_trained(refused: Refused, pairs: Path, tmp_path: Path) -> None:
-    run_dir = begun(tmp_path / "run", pairs, status="failed")
-    before = contents(run_dir)
-    again = (f"run_dir={run_dir}", f"data.path={pairs}", "resume=true")
-    says(refused(*SFT, *again, "model@actor.model=tiny-opt"), ("cannot change actor.model.family", "'llama'", "'opt'", "new run_dir"))
-    says(refused(*SFT, *again, "sft.optimizer.lr=0.5"), ("cannot change sft.optimizer.lr", "0.002", "0.5"))
-    assert contents(run_dir) == before
-
-
-@pytest.mark.parametrize("status", ["failed", None], ids=["failed", "killed"])
-def test_a_damaged_checkpoint_is_named_and_the_run_stays_a_run(status: str | None, refused: Refused, pairs: Path, tmp_path: Path) -> None:
-    run_dir = begun(tmp_path / "run", pairs, status=status, file_size=5)
-    before = contents(run_dir)
-    for _ in range(2):
-        message = refused("sft", f"run_dir={run_dir}", "resume=true")
-        says(message, ("step-000002", "module.pt has 5 bytes instead of 8", "damaged", "remove the folder"))
-    after = contents(run_dir)
-    config = yaml.safe_load(after.pop("config.yaml")[0])
-    assert config == {**yaml.safe_load(before.pop("config.yaml")[0]), "resume": True}
-    assert after == before
-    says(refused(*SFT, f"run_dir={run_dir}", f"data.path={pairs}"), ("already holds a run",))
-
-
-def test_a_checkpoint_of_another_number_of_ranks(refused: Refused, pairs: Path, tmp_path: Path) -> None:
-    run_dir = begun(tmp_path / "run", pairs, status="failed", ranks=2)
-    says(refused("sft", f"run_dir={run_dir}", "resume=true"), ("written by 2 ranks, this run has 1", "trainer.devices"))

@@ -32,16 +32,22 @@ def require_possible(whole: Any, step: Mapping[str, Any]) -> None:
     cfg = build(step)
     evaluation = cfg.evaluation
     require_no_contradiction(cfg)
-    if evaluation.gold is not None:
-        require_scorer("evaluation.gold", evaluation.gold, evaluation.gold_kwargs)
     named = {
         "reward.init": (cfg.reward.init, ("reward", "actor")), "ref.init": (cfg.ref.init, ("actor", "ref")),
         "evaluation.base": (evaluation.base, ("actor", "ref")),
     }  # fmt: skip
     root = Path(whole.run_dir).absolute()
+
+    def made_here(path: object) -> bool:
+        """Whether an earlier step is to write it."""
+        return isinstance(path, str) and Path(path).absolute().is_relative_to(root)
+
     for key, (path, exports) in named.items():
-        if path is not None and not Path(path).absolute().is_relative_to(root):
+        if path is not None and not made_here(path):
             find_export(path, *exports, key=key)
+    if evaluation.gold is not None:
+        there = not any(made_here(value) for value in evaluation.gold_kwargs.values())
+        require_scorer("evaluation.gold", evaluation.gold, evaluation.gold_kwargs, files=there)
     if evaluation.fixed_prompts is not None:
         _require_short(whole, rewarded=cfg.reward.init is not None)
 

@@ -1,0 +1,61 @@
+"""A run directory belongs to one run: another one is refused and nothing of it is touched; what is resumed is the same run, whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from refusals import SFT, Refused, begun, contents, says
+
+from rlhf.cli.rundir import read_summary
+
+
+@pytest.mark.parametrize("status", ["done", "failed", None], ids=["done", "failed", "killed"])
+def test_another_run_is_not_touched(status: str | None, refused: Refused, pairs: Path, tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", pairs, status=status)
+    before = contents(run_dir)
+    message = refused(*SFT, f"run_dir={run_dir}", f"data.path={pairs}", "seed=7")
+    says(message, (f"run_dir={run_dir} already holds a run", "another run_dir", "resume=true"))
+    assert contents(run_dir) == before
+
+
+def test_a_refused_first_start_may_be_tried_again(refused: Refused, there: tuple[str, str], tmp_path: Path) -> None:
+    for _ in range(2):
+        says(refused(*SFT, *there, "data.sources=[piars]"), ("piars",))
+    summary = read_summary(tmp_path / "run")
+    assert summary is not None
+    assert summary["status"] == "refused"
+    assert "piars" in summary["error"]
+
+
+def test_resume_where_there_is_no_run(refused: Refused, there: tuple[str, str], tmp_path: Path) -> None:
+    says(refused(*SFT, *there, "resume=true"), ("resume=true", str(tmp_path / "run"), "holds no run", "give the directory"))
+
+
+def test_resume_cannot_change_what_is_trained(refused: Refused, pairs: Path, tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", pairs, status="failed")
+    before = contents(run_dir)
+    again = (f"run_dir={run_dir}", f"data.path={pairs}", "resume=true")
+    says(refused(*SFT, *again, "model@actor.model=tiny-opt"), ("cannot change actor.model.family", "'llama'", "'opt'", "new run_dir"))
+    says(refused(*SFT, *again, "sft.optimizer.lr=0.5"), ("cannot change sft.optimizer.lr", "0.002", "0.5"))
+    assert contents(run_dir) == before
+
+
+@pytest.mark.parametrize("status", ["failed", None], ids=["failed", "killed"])
+def test_a_damaged_checkpoint_is_named_and_the_run_stays_a_run(status: str | None, refused: Refused, pairs: Path, tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", pairs, status=status, file_size=5)
+    before = contents(run_dir)
+    for _ in range(2):
+        message = refused("sft", f"run_dir={run_dir}", "resume=true")
+        says(message, ("step-000002", "module.pt has 5 bytes instead of 8", "damaged", "remove the folder"))
+    after = contents(run_dir)
+    config = yaml.safe_load(after.pop("config.yaml")[0])
+    assert config == {**yaml.safe_load(before.pop("config.yaml")[0]), "resume": True}
+    assert after == before
+    says(refused(*SFT, f"run_dir={run_dir}", f"data.path={pairs}"), ("already holds a run",))
+
+
+def test_a_checkpoint_of_another_number_of_ranks(refused: Refused, pairs: Path, tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", pairs, status="failed", ranks=2)
+    says(refused("sft", f"run_dir={run_dir}", "resume=true"), ("written by 2 ranks, this run has 1", "trainer.devices"))
