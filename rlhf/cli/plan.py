@@ -12,7 +12,8 @@ from typing import Any
 
 from rlhf.cli.sections import COMMON, TRAINING
 from rlhf.config import UserError, build, check
-from rlhf.planning.report import as_json, refusal, report
+from rlhf.logging import log
+from rlhf.planning.report import as_json, judged, report
 
 
 def run_plan(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,6 +74,8 @@ def require_fit(cfg: Any, accelerator: str) -> None:
         return
     steps = cfg.steps if cfg.verb == "pipeline" else [cfg.verb]
     for step in (step for step in steps if step in TRAINING):
-        reason = refusal(SimpleNamespace(**{**vars(cfg), "verb": step}))
-        if reason is not None:
-            raise UserError(f"{step}: {reason}" if cfg.verb == "pipeline" else reason)
+        refusal, caution = judged(SimpleNamespace(**{**vars(cfg), "verb": step}))
+        if refusal is not None:
+            raise UserError(f"{step}: {refusal}" if cfg.verb == "pipeline" else refusal)
+        if caution is not None:
+            log.warning("%s: %s", step, caution)

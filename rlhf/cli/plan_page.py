@@ -77,6 +77,8 @@ def _lines(found: Report, *, enforce: bool) -> list[str]:
         lines += [f"would fit: {' '.join(a.words)}  [{a.peak / GB:.1f} GB{_pace(a.seconds)}]".replace("[", "\\[") for a in found.remedies]
         if not found.remedies:
             lines.append("no knob tried makes it fit: more devices or a smaller model would")
+    if found.caution is not None:
+        lines.append(f"[bold yellow]careful[/]: {found.caution}")
     if found.largest is not None:
         lines.append(f"largest batch that fits: {found.largest.global_batch} ({' '.join(batch_words(found.largest))})")
     if found.proposal is not None:

@@ -28,6 +28,11 @@ class Advice:
     """Of one iteration; 0: not known."""
 
 
+TIGHT = 0.05
+"""Share of a card that must stay free for a plan to be safe. The one planned run of experiments/planner_memory that filled its card lost this much
+to PyTorch's allocator, in pieces that nothing fitted into."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What one step needs, on one machine. Sizes in bytes, of the rank that needs most."""
@@ -58,6 +63,11 @@ class Report:
         return max(self.short, self.host_short) <= 0
 
     @property
+    def caution(self) -> str | None:
+        """One sentence where it fits, but hardly."""
+        return caution(self.machine, self.work) if self.fits else None
+
+    @property
     def price_known(self) -> bool:
         """Whether `hardware` says what an hour costs."""
         return self.machine.hardware.price_per_hour > 0
@@ -71,6 +81,17 @@ def machine_of(cfg: Any) -> Machine:
         fragmentation=plan.fragmentation, process=plan.process_gb * 1e9,
     )  # fmt: skip
     return Machine(hardware=cfg.hardware, reserve=reserve, efficiency=plan.efficiency if isinstance(plan, PlanConfig) else None)
+
+
+def caution(machine: Machine, work: Workload) -> str | None:
+    """What to do about a job that fits into a GPU with less than `TIGHT` of it to spare; None: there is more, or it does not fit."""
+    spare, capacity = -machine.short(work)[0], machine.capacity(work)
+    if machine.on_cpu or not 0 <= spare < TIGHT * capacity:
+        return None
+    return (
+        f"{spare / 1e9:.1f} of {capacity / 1e9:.1f} GB to spare is little, as PyTorch's allocator can lose {TIGHT:.0%} in pieces: "
+        "PYTORCH_ALLOC_CONF=expandable_segments:True or smaller micro-batches guard against it"
+    )
 
 
 def check_counts(cfg: Any) -> None:
@@ -138,7 +159,7 @@ def as_json(found: Report) -> dict[str, Any]:
         "ranks": work.ranks,
         "fits": found.fits,
         "gpu": {"capacity": round(found.capacity), "peak": round(found.memory.peak), "allocated": round(found.memory.allocated),
-                "phase": found.memory.worst.name, "short": max(0, round(found.short))},
+                "phase": found.memory.worst.name, "short": max(0, round(found.short)), "spare": max(0, -round(found.short))},
         "host": {"capacity": round(hardware.host_memory_gb * 1e9) or None, "peak": round(found.memory.host_peak),
                  "short": max(0, round(found.host_short)), "parts": {k: round(v) for k, v in found.memory.host.items()}},
         "memory": {
@@ -167,21 +188,25 @@ def _advice_json(advice: Advice) -> dict[str, Any]:
     return {"overrides": list(advice.words), "peak": round(advice.peak), "seconds_per_iteration": advice.seconds or None}
 
 
-def refusal(cfg: Any) -> str | None:
-    """Why a training verb should not start: one sentence; None: it fits, or nothing is known about it.
+def judged(cfg: Any) -> tuple[str | None, str | None]:
+    """Why a training verb should not start, and otherwise why it may run out of memory all the same: one sentence or None each.
 
     Nothing is known of a CPU, nor of a model whose shape is not in the table of planning.
     """
     if cfg.hardware.name == "cpu" or cfg.hardware.memory_gb == 0:
-        return None
+        return None, None
     try:
         work = workload(cfg)
     except UserError:
-        return None
+        return None, None
     machine = machine_of(cfg)
+    if machine.fits(work):
+        return None, caution(machine, work)
+    return _refusal(work, machine), None
+
+
+def _refusal(work: Workload, machine: Machine) -> str:
     short, host_short = machine.short(work)
-    if max(short, host_short) <= 0:
-        return None
     memory, hardware = machine.memory(work), machine.hardware
     if short > 0:
         what = (

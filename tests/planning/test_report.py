@@ -10,7 +10,7 @@ import pytest
 from plans import settings
 
 from rlhf.config import UserError
-from rlhf.planning.report import Report, as_json, refusal, report
+from rlhf.planning.report import TIGHT, Report, as_json, judged, report
 
 ACTOR = "model@actor.model=opt-1.3b"
 TOO_MUCH = ("ppo.batch_size=512", "ppo.minibatch_size=512")
@@ -70,18 +70,30 @@ def test_contradictions_are_refused(overrides: tuple[str, ...], message: str) ->
 
 
 def test_a_run_that_fits_is_not_refused() -> None:
-    assert refusal(settings("ppo", ACTOR)) is None
+    assert judged(settings("ppo", ACTOR)) == (None, None)
+
+
+def test_a_run_that_hardly_fits_is_warned_of() -> None:
+    """Cards of the size of the job, and of that and a twentieth."""
+    peak = asked().memory.peak / 1e9
+    for factor, careful in ((1.001, True), (1.04, True), (1 / (1 - TIGHT) + 0.001, False)):
+        words = f"hardware.memory_gb={peak * factor}"
+        refusal, caution = judged(settings("ppo", ACTOR, words))
+        found = asked(words)
+        assert refusal is None and found.fits and found.caution == caution and (caution is not None) == careful
+        assert as_json(found)["gpu"]["spare"] == pytest.approx(found.capacity - found.memory.peak, abs=1)
+    assert asked("hardware.memory_gb=1").caution is None, "it does not fit at all"
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_way_out() -> None:
-    message = refusal(settings("ppo", ACTOR, *TOO_MUCH))
+    message, _ = judged(settings("ppo", ACTOR, *TOO_MUCH))
     assert message is not None and "\n" not in message
     assert message.startswith("a GPU is ") and "GB short of memory in the phase 'train actor'" in message
     assert "hardware=h100-80g" in message and message.endswith("and plan.enforce=false goes on")
 
 
 def test_a_host_that_is_too_small_is_named() -> None:
-    message = refusal(settings("ppo", ACTOR, "hardware.host_memory_gb=8"))
+    message, _ = judged(settings("ppo", ACTOR, "hardware.host_memory_gb=8"))
     assert message is not None and "short of main memory" in message and "hardware.host_memory_gb" in message
 
 
@@ -90,6 +102,6 @@ def test_nothing_is_refused_where_nothing_is_known() -> None:
         cfg = settings("ppo", ACTOR, *TOO_MUCH)
         return type(cfg)(**(vars(cfg) | {"hardware": dataclasses.replace(cfg.hardware, **hardware)}))
 
-    assert refusal(changed(name="cpu")) is None
-    assert refusal(changed(memory_gb=0.0)) is None
-    assert refusal(settings("ppo", ACTOR, *TOO_MUCH, "actor.model.family=strange")) is None
+    assert judged(changed(name="cpu")) == (None, None)
+    assert judged(changed(memory_gb=0.0)) == (None, None)
+    assert judged(settings("ppo", ACTOR, *TOO_MUCH, "actor.model.family=strange")) == (None, None)
