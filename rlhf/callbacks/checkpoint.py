@@ -53,7 +53,7 @@ class Checkpoint(Callback):
                 path = self.checkpointer.save(pl_module.iteration, pl_module.state())
             if asked:
                 self.saved = path
-                trainer.should_stop = True
+                pl_module.interrupted = trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore_handler()

@@ -58,9 +58,10 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def drop_after(self, step: int) -> None:
-        """Forgets what was measured after this step."""
+        """Forgets what was measured after this step, and half a line that a killed run left."""
         self.rows = [row for row in self.rows if int(row["step"]) <= step]
-        self._rewrite()
+        if self.file.is_file():
+            self._rewrite()
 
     def _rewrite(self) -> None:
         part = self.file.with_suffix(".part")

@@ -56,7 +56,7 @@ class MovingAverage(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RoleModule)
-        if self.average is None or trainer.should_stop:
+        if self.average is None or pl_module.interrupted:
             return
         strategy = pl_module.strategy
         with self.average.in_place() as network:

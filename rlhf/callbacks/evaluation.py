@@ -27,7 +27,8 @@ class Evaluate(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RoleModule)
         if pl_module.iteration == 0:  # a resumed run was measured when it began
-            self.first = self._evaluate(trainer, pl_module)
+            pl_module.measured["before"] = self._evaluate(trainer, pl_module)
+        self.first = pl_module.measured.get("before", {})
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, RoleModule)
@@ -36,7 +37,7 @@ class Evaluate(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RoleModule)
-        if not trainer.should_stop:
+        if not pl_module.interrupted:
             self._evaluate(trainer, pl_module)
 
     @torch.no_grad()
@@ -45,8 +46,9 @@ class Evaluate(Callback):
         totals: dict[str, torch.Tensor] = {}
         with module.clock("evaluate"):
             for batch in self.loader:
-                for name, value in module.evaluate_batch(batch.to(module.device)).items():
-                    totals[name] = totals.get(name, 0) + value.double()
+                for part in module.passes(batch.to(module.device)):
+                    for name, value in module.evaluate_batch(part).items():
+                        totals[name] = totals.get(name, 0) + value.double()
             if totals:
                 flat = module.strategy.sum_over_ranks(torch.stack(list(totals.values())))
                 self.last = module.summarize(as_scalars(dict(zip(totals, flat, strict=True))))

@@ -23,7 +23,7 @@ class Export(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RoleModule)
-        if trainer.should_stop:
+        if pl_module.interrupted:
             return
         for role in pl_module.trained:
             network: Any = pl_module.strategy.network(role)

@@ -77,9 +77,14 @@ class WriteMetrics(Callback):
         self.last: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, RoleModule)
+        self.last = dict(pl_module.measured.get("last", {}))  # a run resumed at its end has no iteration left to measure
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, RoleModule)
         self.last = {name: value for name, value in pl_module.metrics.items() if math.isfinite(value)}
+        pl_module.measured["last"] = self.last
         for name, value in pl_module.metrics.items():
             if name.startswith("time/"):
                 self.seconds[name[5:]] = self.seconds.get(name[5:], 0.0) + value

@@ -29,6 +29,16 @@ class Samples(Callback):
         self.every = every
         self.rows = rows
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run repeats iterations: their answers are dropped, and half a line that a killed run left."""
+        assert isinstance(pl_module, RoleModule)
+        if trainer.is_global_zero and self.file.is_file():
+            with self.file.open(encoding="utf-8", newline="\n") as f:
+                whole = [line for line in f if line.endswith("\n")]
+            part = self.file.with_suffix(".part")
+            part.write_text("".join(line for line in whole if json.loads(line)["step"] <= pl_module.iteration), encoding="utf-8")
+            part.rename(self.file)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, RoleModule)
         if (

@@ -36,10 +36,11 @@ class Start(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RoleModule)
         seed_rank(self.seed, trainer.global_rank)
-        if self.resume_from is None:
-            return
-        checkpointer = Checkpointer(self.resume_from.parent, pl_module.strategy, keep=1)
-        pl_module.load_state(checkpointer.restore(self.resume_from))
+        kept = -1  # a run that ended before its first checkpoint begins anew, from the evaluation before step 1 on
+        if self.resume_from is not None:
+            checkpointer = Checkpointer(self.resume_from.parent, pl_module.strategy, keep=1)
+            pl_module.load_state(checkpointer.restore(self.resume_from))
+            kept = pl_module.iteration
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
-                logger.drop_after(pl_module.iteration)
+                logger.drop_after(kept)

@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loops.fit_loop import _FitLoop as FitLoop
 
 from rlhf.callbacks.checkpoint import Checkpoint
 from rlhf.callbacks.evaluation import Evaluate
@@ -37,6 +38,7 @@ from rlhf.engines.checkpoint import checkpoints, verify
 from rlhf.engines.config import EngineSpec, Training
 from rlhf.engines.launcher import accelerator
 from rlhf.engines.strategy import RoleStrategy
+from rlhf.logging import log
 from rlhf.models.factory import Blueprint
 from rlhf.models.source import find_export, network_config, weights_folder
 from rlhf.modules.base import RoleModule
@@ -199,12 +201,19 @@ class Job:
             *evaluate, checkpoint, Export(self.run_dir / "export", self._tokenizer),
         ]  # fmt: skip
         trainer = self.trainer(strategy, callbacks, max_steps=total - data.start)
+        if data.start == total:
+            trainer.fit_loop = NothingLeft(trainer, max_epochs=1)
         with told(trainer.loggers) as ending:
-            trainer.fit(module, datamodule=data)
+            try:
+                trainer.fit(module, datamodule=data)
+            except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt, once it has taken everything down
+                raise KeyboardInterrupt from error
             if checkpoint.saved is not None:
                 raise Interrupted(
                     f"stopped at iteration {module.iteration} and saved {checkpoint.saved}; go on with resume=true run_dir={self.run_dir}"
                 )
+            if module.iteration < total:
+                log.warning("a callback stopped the training at iteration %d of %d", module.iteration, total)
             ending.metrics, ending.seconds = dict(write.last), dict(write.seconds)
             for judged in evaluate:
                 ending.metrics |= {f"{name}_before": value for name, value in judged.first.items()} | judged.last
@@ -228,7 +237,8 @@ class Job:
     def loggers(self) -> list[Any]:
         """metrics.csv and those of the logger group. W&B hears which exports the run starts from."""
         checkpoint = self.resume_from()
-        loggers = build_loggers(self.config, first_step=None if checkpoint is None else step_of(checkpoint) + 1)
+        again = 0 if self.cfg.resume else None  # resumed before its first checkpoint
+        loggers = build_loggers(self.config, first_step=again if checkpoint is None else step_of(checkpoint) + 1)
         inits = {role: self.init_folder(role) for role in ROLES if getattr(getattr(self.cfg, role, None), "init", None) is not None}
         for logger in loggers:
             if isinstance(logger, WandbLog):
@@ -247,6 +257,14 @@ class Job:
             callback = with_context(node, context)
             (early if getattr(callback, "measures", False) else late).append(callback)
         return early, late
+
+
+class NothingLeft(FitLoop):
+    """For a run that is resumed behind its last iteration: without a step, Lightning would neither begin nor end it, so that nothing would be
+    restored, judged or exported."""
+
+    skip = False
+    done = True
 
 
 def step_of(checkpoint: Path) -> int:

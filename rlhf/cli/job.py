@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.cli import rundir
-from rlhf.cli.errors import FAILED, Interrupted, report
+from rlhf.cli.errors import FAILED
 from rlhf.cli.vocabulary import require_one_vocabulary
-from rlhf.config import UserError, build, check
+from rlhf.config import build, check
 from rlhf.engines.launcher import SCRIPTED, accelerator_of_ranks, read_hostfile, render_hostfile, render_slurm, run_ranks
 from rlhf.logging import log
 
@@ -75,21 +75,9 @@ def run_job(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _run_here(config: Mapping[str, Any]) -> int:
     """This process is the only rank, or one that torchrun or srun started."""
-    from rlhf.cli.rank import run_rank
+    from rlhf.cli.rank import attempt
 
-    try:
-        run_rank(config)
-    except UserError as error:
-        return report(config, error)
-    except KeyboardInterrupt:
-        report(config, RuntimeError("stopped at once by Ctrl-C; the last checkpoint, if there is one, is kept"))
-        return 1
-    except Interrupted as error:
-        return report(config, error)
-    except Exception as error:
-        log.exception("the job failed")
-        return report(config, error)
-    return 0
+    return attempt(config)
 
 
 def _write_script(cfg: Any, run_dir: Path, file: Path, hosts: list[str]) -> dict[str, Any]:

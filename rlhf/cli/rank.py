@@ -42,22 +42,24 @@ def run_rank(config: Mapping[str, Any]) -> None:
         rundir.write_summary(config, "done", metrics=result["metrics"], seconds=seconds, data=result["report"])
 
 
-def main(path: str) -> int:
-    setup_logging()
-    config = yaml.safe_load(Path(path).read_text())
+def attempt(config: Mapping[str, Any]) -> int:
+    """`run_rank` to an exit code: what went wrong is said and recorded."""
     try:
         run_rank(config)
-    except UserError as error:
-        return report(config, error)
-    except Interrupted as error:
+    except (UserError, Interrupted) as error:
         return report(config, error)
     except KeyboardInterrupt:
-        return 1
+        return report(config, Interrupted("stopped at once by Ctrl-C; the last checkpoint, if there is one, is kept"))
     except Exception as error:
         if os.environ.get("RANK", "0") == "0" or not _is_peer_loss(error):
             log.error("rank %s: %s", os.environ.get("RANK", "0"), traceback.format_exc())
         return report(config, error)
     return 0
+
+
+def main(path: str) -> int:
+    setup_logging()
+    return attempt(yaml.safe_load(Path(path).read_text()))
 
 
 def _is_peer_loss(error: Exception) -> bool:

@@ -21,6 +21,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
+from rlhf.config import UserError
 from rlhf.engines.config import EngineSpec, engine_config
 from rlhf.engines.gather import gathered, gathered_for_writing, sharded_init, whole
 from rlhf.engines.optimizers import build_optimizer, build_scheduler
@@ -142,6 +143,22 @@ class RoleStrategy(DeepSpeedStrategy):
     def gather(self, parameters: list[nn.Parameter]) -> Any:
         """A context in which these parameters are whole on every rank, to be read; what is written is lost."""
         return gathered(parameters)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one rank refuses inside, all refuse with its words: those that went on would wait for it, and nobody would hear it. Collective.
+
+        Raises:
+            UserError: raised inside, on some rank.
+        """
+        own: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            own = error
+        refused = [said for said in self.gather_objects(None if own is None else str(own)) if said is not None]
+        if refused:
+            raise UserError(refused[0]) from own
 
     def backward(self, role: str, loss: Tensor) -> None:  # type: ignore[override]
         """Adds the gradients of `loss` (a scalar). The losses of all ranks and of all micro-batches of a step sum to the objective.

@@ -6,9 +6,9 @@ under each role's name once the networks are built.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning as L
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from rlhf.engines.strategy import RoleStrategy, StepResult
 from rlhf.logging import PhaseClock
 from rlhf.models.factory import Blueprint, build_network, freeze
+from rlhf.types import Rows
+
+AnyBatch = TypeVar("AnyBatch", bound=Rows)
 
 
 class RoleModule(L.LightningModule):
@@ -27,6 +30,9 @@ class RoleModule(L.LightningModule):
         metrics: what the last iteration measured, by name; callbacks add to it and loggers write it.
         tokens: tokens the last iteration generated or trained on, on this rank, by phase.
         scores: (B,) what the reward said of each answer of the last iteration, on this rank; None where there are no answers.
+        micro_batch_size: rows of one forward pass on one rank, of training and of an evaluation; None: the rank's whole share of a batch.
+        measured: what the summary says and a resumed part cannot measure again: `before` the first iteration, and of the `last` one.
+        interrupted: Ctrl-C ended the training early; what marks the end of a run does not happen.
     """
 
     trained: ClassVar[tuple[str, ...]] = ()
@@ -45,6 +51,9 @@ class RoleModule(L.LightningModule):
         self.metrics: dict[str, float] = {}
         self.tokens: dict[str, int] = {}
         self.scores: Tensor | None = None
+        self.micro_batch_size: int | None = None
+        self.measured: dict[str, dict[str, float]] = {}
+        self.interrupted = False
 
     def __getattr__(self, name: str) -> Any:
         """Roles are set by name once they are built; to a type checker they may be anything."""
@@ -75,12 +84,16 @@ class RoleModule(L.LightningModule):
                 getattr(self, role).eval()
         return self
 
+    def passes(self, batch: AnyBatch) -> Iterator[AnyBatch]:
+        """The rows of each forward pass of a batch."""
+        return batch.micro_batches(self.micro_batch_size or len(batch))
+
     def state(self) -> dict[str, Any]:
-        """What the next iteration depends on beside engines and random states."""
-        return {"iteration": self.iteration}
+        """What the next iteration and the summary depend on beside engines and random states."""
+        return {"iteration": self.iteration, "measured": self.measured}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.iteration = state["iteration"]
+        self.iteration, self.measured = state["iteration"], state.get("measured", {})
 
     def evaluate_batch(self, batch: Any) -> dict[str, Tensor]:
         """Sums over a held-out batch of this rank, scalars by name."""

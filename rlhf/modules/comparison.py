@@ -108,7 +108,8 @@ class Comparison(RoleModule):
         answers = self.decode(rollout.ids[:, rollout.prompt_length :])
         numbers = {key: value.tolist() for key, value in self._measure(role, rollout).items()}
         if gold is not None:
-            numbers["gold"] = gold_scores(gold, prompts, answers, rollout.ended.tolist())
+            with self.strategy.together():
+                numbers["gold"] = gold_scores(gold, prompts, answers, rollout.ended.tolist())
         lengths = rollout.lengths.tolist()
         tokens = rollout.ids[:, rollout.prompt_length :].tolist()
         return [

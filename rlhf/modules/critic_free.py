@@ -41,7 +41,8 @@ class CriticFree(PPO):
             return returns, returns
         samples = self.ppo.samples_per_prompt
         if self.estimator is not None:
-            return estimated(self.ppo.advantage, self.estimator, torch.where(rewarded, rewards, 0), rewarded, samples), returns
+            with self.strategy.together():
+                return estimated(self.ppo.advantage, self.estimator, torch.where(rewarded, rewards, 0), rewarded, samples), returns
         whole = torch.where(rewarded, rewards, 0).sum(dim=1)  # (B,)
         if self.ppo.advantage == "rloo":
             advantages = leave_one_out(whole, samples)

@@ -30,12 +30,12 @@ class DPO(RoleModule):
             blueprints: of `actor` and of `ref`, which should start from the same weights.
         """
         super().__init__(blueprints)
-        self.dpo = dpo
+        self.dpo, self.micro_batch_size = dpo, dpo.micro_batch_size
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         with self.clock("train"):
             totals: dict[str, Tensor] = {}
-            for micro in batch.micro_batches(self.dpo.micro_batch_size or len(batch)):
+            for micro in self.passes(batch):
                 sums = self._judge(micro)
                 self.strategy.backward("actor", sums["loss"] / self.dpo.batch_size)
                 results = self.strategy.step("actor")

@@ -99,7 +99,8 @@ class PPO(RoleModule):
         judged = Judged(*(torch.cat(column) for column in zip(*parts, strict=True)))
         if self.function is not None:
             weight = self.ppo.reward_function_coef
-            judged = judged._replace(scores=judged.scores + weight * self.function(list(texts), rollout))
+            with self.strategy.together():
+                judged = judged._replace(scores=judged.scores + weight * self.function(list(texts), rollout))
         self.scores = judged.scores
         tokens, masks = rollout.action_mask, self._masks(rollout)
         shaped = self._shape_scores(judged.scores, rollout)  # (B,)

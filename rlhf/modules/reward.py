@@ -27,7 +27,7 @@ class RewardModel(RoleModule):
 
     def __init__(self, rm: RewardTrainingConfig, blueprints: dict[str, Blueprint]) -> None:
         super().__init__(blueprints)
-        self.rm = rm
+        self.rm, self.micro_batch_size = rm, rm.micro_batch_size
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -37,7 +37,7 @@ class RewardModel(RoleModule):
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         with self.clock("train"):
             totals: dict[str, Tensor] = {}
-            for micro in batch.micro_batches(self.rm.micro_batch_size or len(batch)):
+            for micro in self.passes(batch):
                 sums = self._judge(micro)
                 self.strategy.backward("reward", sums["loss"] / self.rm.batch_size)
                 results = self.strategy.step("reward")

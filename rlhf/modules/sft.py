@@ -26,13 +26,13 @@ class SFT(RoleModule):
 
     def __init__(self, sft: SFTConfig, blueprints: dict[str, Blueprint]) -> None:
         super().__init__(blueprints)
-        self.sft = sft
+        self.sft, self.micro_batch_size = sft, sft.micro_batch_size
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> None:
         with self.clock("train"):
             tokens = self.strategy.sum_over_ranks(batch.loss_mask[:, 1:].sum().double())
             loss = torch.zeros((), dtype=torch.float64, device=self.device)
-            for micro in batch.micro_batches(self.sft.micro_batch_size or len(batch)):
+            for micro in self.passes(batch):
                 share = self._token_losses(micro).sum() / tokens
                 self.strategy.backward("actor", share)
                 results = self.strategy.step("actor")

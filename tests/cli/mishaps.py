@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,31 @@ class Slow(Callback):
 
 def shorter_is_better(prompts: list[str], answers: list[str], ended: list[bool]) -> list[float]:
     return [-float(len(answer)) for answer in answers]
+
+
+class StopAt(Callback):
+    """Ends the training as a user's own callback would: early, and not by mistake."""
+
+    def __init__(self, *, iteration: int) -> None:
+        self.iteration = iteration
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = pl_module.iteration == self.iteration
+
+
+class PressTwice(Callback):
+    """The second Ctrl-C, in the middle of an iteration."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.iteration == 1:
+            raise KeyboardInterrupt
+
+
+def refuses_elsewhere(prompts: list[str], answers: list[str], ended: list[bool]) -> list[float]:
+    """Answers that only the second rank has are the ones that cannot be scored."""
+    if os.environ["RANK"] == "1":
+        raise KeyError("no answer like that")
+    return [0.0] * len(answers)
 
 
 def refuses(prompts: list[str], answers: list[str], ended: list[bool]) -> list[float]:

@@ -1,0 +1,118 @@
+"""How a run may end, and what one that goes on from there comes to: the numbers, the rows and the weights of a run that was never stopped.
+
+All jobs of the first part share one process, which pays for one start.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from refusals import PPO, SFT
+from safetensors.torch import load_file
+from tiny import write_pairs
+
+RUN = (
+    *SFT, "sft.max_steps=4", "sft.micro_batch_size=2", "trainer.checkpoint_every=2", "trainer.keep_checkpoints=2", "trainer.eval_every=null",
+)  # fmt: skip
+CODE = """
+import json, sys
+from rlhf.cli.main import main
+print(json.dumps([main(words) for words in json.loads(sys.argv[1])]))
+"""
+
+
+def run_all(*jobs: list[str]) -> tuple[list[int], str]:
+    """Exit codes of commands run one after the other in a fresh process, and its stderr."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", CODE, json.dumps(jobs)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    """metrics.csv without what a clock measured."""
+    with (run_dir / "metrics.csv").open(newline="") as f:
+        return [{k: v for k, v in row.items() if not k.startswith("time/") and not k.endswith("per_s")} for row in csv.DictReader(f)]
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    found = json.loads((run_dir / "summary.json").read_text())
+    found["metrics"] = {k: v for k, v in found["metrics"].items() if not k.startswith("time/") and not k.endswith("per_s")}
+    return found
+
+
+def as_if_killed(whole: Path, run_dir: Path, *, without: tuple[str, ...]) -> Path:
+    """A copy of a run that ended before its summary and its export, and before some of its checkpoints."""
+    shutil.copytree(whole, run_dir)
+    (run_dir / "summary.json").unlink()
+    shutil.rmtree(run_dir / "export")
+    for step in without:
+        shutil.rmtree(run_dir / "checkpoints" / step)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole run, and those resumed from its end, its middle and its beginning."""
+    root = tmp_path_factory.mktemp("ends")
+    data = (f"data.path={write_pairs(root / 'pairs.jsonl', 64)}", f"data.cache_dir={root / 'cache'}")
+    codes, errors = run_all(
+        [*RUN, *data, f"run_dir={root / 'whole'}"],
+        [*RUN, *data, "+callbacks.stop={_target_: mishaps.StopAt, iteration: 3}", f"run_dir={root / 'early'}"],
+        [*RUN, *data, "+callbacks.press._target_=mishaps.PressTwice", f"run_dir={root / 'twice'}"],
+    )
+    assert codes == [0, 0, 1], errors[-4000:]
+    (root / "stderr").write_text(errors)
+    both = ("step-000002", "step-000004")
+    parts = {"end": (), "middle": both[1:], "beginning": both}
+    again = [as_if_killed(root / "whole", root / name, without=gone) for name, gone in parts.items()]
+    codes, errors = run_all(*(["sft", "resume=true", f"run_dir={run_dir}"] for run_dir in again))
+    assert codes == [0, 0, 0], errors[-4000:]
+    return root
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("where", ["end", "middle", "beginning"])
+def test_a_resumed_run_is_the_whole_run(where: str, runs: Path) -> None:
+    whole, resumed = summary(runs / "whole"), summary(runs / where)
+    assert resumed["status"] == "done" and resumed["metrics"] == whole["metrics"]
+    assert {"sft/perplexity_before", "sft/perplexity", "sft/loss"} <= whole["metrics"].keys()
+    assert rows(runs / where) == rows(runs / "whole") and [row["step"] for row in rows(runs / where)] == ["0", "1", "2", "3", "4"]
+    first, second = (load_file(runs / name / "export" / "actor" / "model.safetensors") for name in ("whole", where))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.launch
+def test_a_callback_may_end_a_run(runs: Path) -> None:
+    """It is judged and exported where it stands, and the log says where that is."""
+    assert summary(runs / "early")["status"] == "done" and "sft/perplexity" in summary(runs / "early")["metrics"]
+    assert (runs / "early" / "export" / "actor" / "model.safetensors").is_file()
+    assert rows(runs / "early") == rows(runs / "whole")[:3] + rows(runs / "early")[3:]
+    assert "a callback stopped the training at iteration 3 of 4" in (runs / "stderr").read_text()
+
+
+@pytest.mark.launch
+def test_a_second_ctrl_c_is_said_and_recorded(runs: Path) -> None:
+    assert summary(runs / "twice")["status"] == "failed" and "stopped at once by Ctrl-C" in summary(runs / "twice")["error"]
+    assert "rlhf: stopped at once by Ctrl-C; the last checkpoint, if there is one, is kept" in (runs / "stderr").read_text()
+    assert not (runs / "twice" / "export").exists()
+
+
+@pytest.mark.launch
+def test_what_one_rank_refuses_is_said_once_and_ends_all(tmp_path: Path) -> None:
+    words = ("ppo.reward_source=function", "ppo.critic_init=actor", "ppo.reward_function=mishaps.refuses_elsewhere", "ppo.iterations=1")
+    data = (f"data.path={write_pairs(tmp_path / 'pairs.jsonl', 32)}", f"data.cache_dir={tmp_path / 'cache'}")
+    micro = ("ppo.micro_batch_size=2", "trainer.devices=2")
+    codes, errors = run_all([*PPO, *words, *data, *micro, f"run_dir={tmp_path / 'run'}"])
+    assert codes == [2], errors[-4000:]
+    assert errors.count("ppo.reward_function=mishaps.refuses_elsewhere raised KeyError: 'no answer like that', for the prompt") == 1
+    assert "mishaps.refuses_elsewhere raised" in summary(tmp_path / "run")["error"]
