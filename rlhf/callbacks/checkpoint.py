@@ -1,4 +1,4 @@
-"""The moments of a checkpoint: every so many steps, and when the user presses Ctrl-C.
+"""The moments of a checkpoint: every so many steps, and when the user presses Ctrl-C or a cluster ends the job (SIGTERM).
 
 Knows when and under which step; what a checkpoint holds is the engines' and the module's business.
 """
@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlhf.callbacks.termination import ENDING
 from rlhf.engines.checkpoint import Checkpointer
 from rlhf.logging import log
 from rlhf.modules.base import RoleModule
 
 
 class Checkpoint(Callback):
-    """Saves on the way and turns the first Ctrl-C into a checkpoint and a clean end.
+    """Saves on the way and turns the first Ctrl-C or SIGTERM into a checkpoint and a clean end.
 
     Attributes:
-        saved: the checkpoint written because of Ctrl-C, if there was one.
+        saved: the checkpoint written because of it, if there was one.
     """
 
     def __init__(self, folder: Path, *, every: int | None, keep: int) -> None:
@@ -31,18 +32,18 @@ class Checkpoint(Callback):
         self.keep = keep
         self.saved: Path | None = None
         self._asked = False
-        self._previous: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, RoleModule)
         self.checkpointer = Checkpointer(self.folder, pl_module.strategy, keep=self.keep)
-        self._previous = signal.signal(signal.SIGINT, self._ask)
+        self._previous = {number: signal.signal(number, self._ask) for number in ENDING}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        log.warning("finishing this step, then saving; press Ctrl-C again to stop at once")
+        log.warning("%s: finishing this step, then saving; a second one stops at once", "Ctrl-C" if number == signal.SIGINT else "SIGTERM")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, RoleModule)
@@ -62,6 +63,6 @@ class Checkpoint(Callback):
         self._restore_handler()
 
     def _restore_handler(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

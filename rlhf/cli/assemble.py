@@ -24,6 +24,7 @@ from rlhf.callbacks.metrics import WriteMetrics
 from rlhf.callbacks.rollout import RolloutCallback
 from rlhf.callbacks.run_log import told
 from rlhf.callbacks.start import Start
+from rlhf.callbacks.termination import Termination
 from rlhf.callbacks.wandb_log import WandbLog
 from rlhf.cli import rundir
 from rlhf.cli.errors import Interrupted
@@ -229,7 +230,7 @@ class Job:
         """Lightning's trainer with the loggers of the run; a negative `max_steps` lets it validate everything."""
         return L.Trainer(
             accelerator=accelerator(self.cfg.trainer), devices=self.cfg.trainer.devices, num_nodes=self.cfg.trainer.num_nodes,
-            strategy=strategy, callbacks=callbacks, logger=self.loggers(), max_epochs=1, limit_train_batches=max(0, max_steps),
+            strategy=strategy, callbacks=[Termination(), *callbacks], logger=self.loggers(), max_epochs=1, limit_train_batches=max(0, max_steps),
             limit_val_batches=1.0 if max_steps < 0 else 0, num_sanity_val_steps=0, use_distributed_sampler=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, default_root_dir=str(self.run_dir), log_every_n_steps=1,
         )  # fmt: skip

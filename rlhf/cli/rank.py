@@ -18,7 +18,7 @@ import yaml
 from rlhf.cli import rundir
 from rlhf.cli.errors import Interrupted, report
 from rlhf.config import UserError, build
-from rlhf.engines.launcher import prepare_rank
+from rlhf.engines.launcher import ended_by_sigterm, prepare_rank
 from rlhf.logging import log, quiet_libraries, setup_logging
 from rlhf.sweeping.orphans import end_with_parent
 
@@ -45,11 +45,12 @@ def run_rank(config: Mapping[str, Any]) -> None:
 def attempt(config: Mapping[str, Any]) -> int:
     """`run_rank` to an exit code: what went wrong is said and recorded."""
     try:
-        run_rank(config)
+        with ended_by_sigterm():
+            run_rank(config)
     except (UserError, Interrupted) as error:
         return report(config, error)
-    except KeyboardInterrupt:
-        return report(config, Interrupted("stopped at once by Ctrl-C; the last checkpoint, if there is one, is kept"))
+    except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
+        return report(config, Interrupted("stopped at once by Ctrl-C or SIGTERM; the last checkpoint, if there is one, is kept"))
     except Exception as error:
         if os.environ.get("RANK", "0") == "0" or not _is_peer_loss(error):
             log.error("rank %s: %s", os.environ.get("RANK", "0"), traceback.format_exc())

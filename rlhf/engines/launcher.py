@@ -12,7 +12,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -88,28 +91,41 @@ def prepare_rank(trainer: TrainerConfig) -> None:
 def run_ranks(config: Path, trainer: TrainerConfig, launcher: LauncherConfig) -> int:
     """Starts this node's ranks and waits. Returns the exit code: the first one that is not 0.
 
-    Ctrl-C is passed on to the ranks, which save and end. When a rank fails the others are stopped: they would wait for it in a
+    Ctrl-C is passed on to the ranks, which save and end, and so is SIGTERM, as Ctrl-C. When a rank fails the others are stopped: they would wait for it in a
     collective. However this process ends, KILL included, it leaves no rank behind. Call it from the main thread.
     """
     world, port = trainer.devices, launcher.master_port or free_port()
     cores = int(os.environ.get(CORES) or len(os.sched_getaffinity(0)))
     command = [sys.executable, "-m", "rlhf.cli.rank", str(config)]
     ranks: list[subprocess.Popen[bytes]] = []
-    previous = signal.signal(signal.SIGTERM, _terminated)
     try:
-        for rank in range(world):
-            environment = rank_environment(rank, world, local_rank=rank, per_node=world, address=launcher.master_addr, port=port)
-            environment |= {"OMP_NUM_THREADS": str(trainer.threads or max(1, cores // world)), **child_environment()}
-            # A session of their own: Ctrl-C in the terminal reaches them once, through us.
-            ranks.append(subprocess.Popen(command, env=os.environ | environment, start_new_session=True))
-        return _wait(ranks)
+        with ended_by_sigterm():
+            for rank in range(world):
+                environment = rank_environment(rank, world, local_rank=rank, per_node=world, address=launcher.master_addr, port=port)
+                environment |= {"OMP_NUM_THREADS": str(trainer.threads or max(1, cores // world)), **child_environment()}
+                # A session of their own: Ctrl-C in the terminal reaches them once, through us.
+                ranks.append(subprocess.Popen(command, env=os.environ | environment, start_new_session=True))
+            return _wait(ranks)
     finally:
         _stop(ranks, grace=0.0)
+
+
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM, by which `timeout` and clusters end a job, raises KeyboardInterrupt inside. Does nothing outside the main thread, where no
+    handler can be set."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, end_at_once)
+    try:
+        yield
+    finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:

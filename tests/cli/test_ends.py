@@ -11,6 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ def test_a_callback_may_end_a_run(runs: Path) -> None:
 @pytest.mark.launch
 def test_a_second_ctrl_c_is_said_and_recorded(runs: Path) -> None:
     assert summary(runs / "twice")["status"] == "failed" and "stopped at once by Ctrl-C" in summary(runs / "twice")["error"]
-    assert "rlhf: stopped at once by Ctrl-C; the last checkpoint, if there is one, is kept" in (runs / "stderr").read_text()
+    assert "rlhf: stopped at once by Ctrl-C or SIGTERM; the last checkpoint, if there is one, is kept" in (runs / "stderr").read_text()
     assert not (runs / "twice" / "export").exists()
 
 
@@ -116,3 +118,57 @@ def test_what_one_rank_refuses_is_said_once_and_ends_all(tmp_path: Path) -> None
     assert codes == [2], errors[-4000:]
     assert errors.count("ppo.reward_function=mishaps.refuses_elsewhere raised KeyError: 'no answer like that', for the prompt") == 1
     assert "mishaps.refuses_elsewhere raised" in summary(tmp_path / "run")["error"]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_and_ends(ranks: int, tmp_path: Path) -> None:
+    """As clusters end a job; it goes on from there."""
+    data = (f"data.path={write_pairs(tmp_path / 'pairs.jsonl', 64)}", f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}")
+    slow = ("+callbacks.slow={_target_: mishaps.Slow, seconds: 0.5}", "sft.max_steps=40", "trainer.checkpoint_every=null")
+    words = [*RUN, *slow, *data, f"trainer.devices={ranks}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen([sys.executable, "-m", "rlhf", *words], env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: (tmp_path / "run" / "metrics.csv").is_file() and len(rows(tmp_path / "run")) > 2)
+        process.terminate()
+        errors = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 1, errors[-4000:]
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert "finishing this step, then saving" in errors
+    assert (
+        summary(tmp_path / "run")["status"] == "failed" and f"saved {saved}; go on with resume=true" in summary(tmp_path / "run")["error"]
+    )
+
+
+@pytest.mark.launch
+def test_sigterm_ends_what_saves_nothing(tmp_path: Path) -> None:
+    words = (
+        "bench",
+        "rollout",
+        "model@actor.model=tiny",
+        "bench.batch_sizes=[1]",
+        "bench.prompt_tokens=8",
+        "bench.new_tokens=8",
+        "bench.repeats=100000",
+    )
+    process = subprocess.Popen([sys.executable, "-m", "rlhf", *words, f"run_dir={tmp_path / 'run'}"], stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        wait_until(lambda: (tmp_path / "run" / "config.yaml").is_file())
+        time.sleep(8)  # into the measurement, which is one long step of training
+        process.terminate()
+        assert process.wait(timeout=60) == 1
+    finally:
+        process.kill()
+        process.wait()
+    assert "stopped at once by Ctrl-C or SIGTERM" in summary(tmp_path / "run")["error"]
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
+from rlhf.callbacks.termination import Termination
 from rlhf.cli.assemble import DTYPES, Job
 from rlhf.config import UserError
 from rlhf.engines.config import EngineSpec
@@ -49,7 +50,7 @@ def run(job: Job, module: Measured, spec: EngineSpec) -> Any:
     """Builds the actor under its engine, measures in the one step of a training, and takes everything down again."""
     trainer = L.Trainer(
         accelerator=accelerator(job.cfg.trainer), devices=job.cfg.trainer.devices, num_nodes=job.cfg.trainer.num_nodes,
-        strategy=job.strategy({"actor": spec}), logger=False, max_epochs=1, limit_train_batches=1, use_distributed_sampler=False,
+        strategy=job.strategy({"actor": spec}), callbacks=[Termination()], logger=False, max_epochs=1, limit_train_batches=1, use_distributed_sampler=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=str(job.run_dir),
     )  # fmt: skip
     L.seed_everything(job.cfg.seed, verbose=False)
