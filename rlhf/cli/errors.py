@@ -21,11 +21,13 @@ class Interrupted(Exception):
 def report(config: Mapping[str, Any], error: BaseException) -> int:
     """Says what is wrong, records it in rank zero's summary, and returns the exit code.
 
-    A resumed run that is refused, or that was done already, keeps the summary it has: only a first start may be taken back.
+    A resumed run that is refused, or that was done already, keeps the summary it has: only a first start may be taken back. A run that
+    has learned something has failed, whatever ends it (a user's function that raises at last): its directory is not free.
     """
-    refused = isinstance(error, UserError)
+    mistake = isinstance(error, UserError)
+    refused = mistake and (bool(config["resume"]) or not (Path(config["run_dir"]) / "metrics.csv").is_file())
     if os.environ.get("RANK", "0") == "0":
-        print(f"rlhf: {'error: ' if refused else ''}{error}", file=sys.stderr)
+        print(f"rlhf: {'error: ' if mistake else ''}{error}", file=sys.stderr)
         earlier = rundir.read_summary(Path(config["run_dir"])) if config["resume"] else None
         if not (config["resume"] and refused) and not (earlier and earlier["status"] == "done"):
             rundir.write_summary(config, "refused" if refused else "failed", error=f"{type(error).__name__}: {error}")

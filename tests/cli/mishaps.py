@@ -60,6 +60,16 @@ def refuses_elsewhere(prompts: list[str], answers: list[str], ended: list[bool])
     return [0.0] * len(answers)
 
 
+calls = 0
+
+
+def refuses_later(prompts: list[str], answers: list[str], ended: list[bool]) -> list[float]:
+    """Good for one iteration."""
+    global calls
+    calls += 1
+    return [0.0 if calls < 2 else float("nan")] * len(answers)
+
+
 def refuses(prompts: list[str], answers: list[str], ended: list[bool]) -> list[float]:
     raise KeyError("no answer like that")
 

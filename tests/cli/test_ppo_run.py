@@ -37,6 +37,7 @@ JOBS: dict[str, tuple[str, ...]] = {
         "ppo.reward_function=mishaps.shorter_is_better", "actor.lora.rank=2",
     ),
     "no reward": ("ppo.reward_source=function", "ppo.critic_init=actor", "ppo.reward_function=mishaps.refuses"),
+    "late": ("ppo.reward_source=function", "ppo.critic_init=actor", "ppo.reward_function=mishaps.refuses_later"),
     "out of range": ("trainer.checkpoint_every=1", "+callbacks.guard.ranges={actor/lr: [5.0e-6, 1]}"),
     "nan": ("trainer.checkpoint_every=1", "+callbacks.poison._target_=mishaps.Poison"),
 }  # fmt: skip
@@ -51,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = [[*SMALL, *data, *words, f"run_dir={root / name}", f"rollout.save_to={root / name / 'answers'}"] for name, words in JOBS.items()]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([sys.executable, "-c", CODE, json.dumps(jobs)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.stdout.splitlines()[-1:] == ["[0, 0, 0, 2, 1, 1]"], done.stderr[-4000:]
+    assert done.stdout.splitlines()[-1:] == ["[0, 0, 0, 2, 1, 1, 1]"], done.stderr[-4000:]
     (root / "stderr").write_text(done.stderr)
     return root
 
@@ -101,7 +102,7 @@ def test_a_run_without_critic_and_reward_model_has_neither(runs: Path) -> None:
     assert not [name for name in first if name.startswith("critic/")]
     assert float(first["rollout/reward"]) < -1, "the function's score, which is minus the length"
     errors = (runs / "stderr").read_text()
-    assert errors.count("PPO starts from a reward model with random weights") == len(JOBS) - 2
+    assert errors.count("PPO starts from a reward model with random weights") == len(JOBS) - 3
 
 
 @pytest.mark.launch
@@ -110,6 +111,13 @@ def test_a_reward_function_that_fails_is_named_with_the_prompt(runs: Path) -> No
         r"ppo\.reward_function=mishaps\.refuses raised KeyError: 'no answer like that', for the prompt '.+' and the answer '",
         error(runs / "no reward"),
     )
+
+
+@pytest.mark.launch
+def test_what_a_user_gets_wrong_after_some_learning_is_a_failure(runs: Path) -> None:
+    """Not a refusal, which would leave the directory free for another run."""
+    summary = json.loads((runs / "late" / "summary.json").read_text())
+    assert summary["status"] == "failed" and "mishaps.refuses_later returned nan for the prompt" in summary["error"]
 
 
 @pytest.mark.launch
