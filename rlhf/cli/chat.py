@@ -91,7 +91,7 @@ class Terminal:
     def ask(self) -> str | None:
         """The next line; None at the end of the input."""
         try:
-            return input("> ").strip()
+            return input("> ").encode(errors="replace").decode().strip()  # bytes that are no text come as lone surrogates
         except EOFError:
             print()
             return None
@@ -131,7 +131,10 @@ class Terminal:
     def reply(self, line: str) -> None:
         """Asks, shows the reply as it comes, and what the reward model thinks of it."""
         asked: Message = {"role": "user", "content": line}
-        reply = self.answerer.reply([*self.conversation(), asked], self.options)
+        try:
+            reply = self.answerer.reply([*self.conversation(), asked], self.options)
+        except RuntimeError as error:
+            raise UserError(f"{error}: start the chat again") from error
         if reply.prompt.notice:
             self.say(f"[{reply.prompt.notice}]")
         text, end, tokens = "", None, 0
@@ -190,16 +193,20 @@ class Terminal:
         self.say(f"{key}={value}")
 
     def save(self, name: str) -> None:
-        file = Path(name).expanduser()
         if not name:
             raise UserError("name a file: /save conversation.json")
-        if file.exists():
+        try:
+            file = Path(name).expanduser()
+            there = file.exists()
+        except (RuntimeError, ValueError) as error:  # no such user; a character that no name has
+            raise UserError(f"{name!r} is no file: {error}") from error
+        if there:
             raise UserError(f"{file} is there already: choose another name")
         content = {"checkpoint": str(self.answerer.folder), "reply": dataclasses.asdict(self.options), "messages": self.conversation()}
         try:
             write_atomically(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise UserError(f"{file} cannot be written: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be written: {getattr(error, 'strerror', None) or error}") from error
         self.say(f"Wrote {file}.")
 
     def help(self, _: str) -> None:

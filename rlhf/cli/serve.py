@@ -88,6 +88,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # an address is taken by listening: two servers may be bound to it
     except OSError as error:
         listener.close()
         raise UserError(f"chat.server.host={host} chat.server.port={port} cannot be listened on: {error.strerror}") from error

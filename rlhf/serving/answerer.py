@@ -27,6 +27,10 @@ from rlhf.settings import ReplyConfig
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LONGEST = 4096
 """Tokens of a context where neither model nor user says less: the cache is allocated for all of it."""
+COLDEST = 1e-3
+"""A lower temperature is 0: nothing but the likeliest token is ever drawn, and logits divided by it leave what numbers can hold."""
+LARGEST_K = 2**31 - 1
+"""Of top k, which no vocabulary reaches."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,8 @@ class Answerer:
         if self.worker.error is not None:
             raise RuntimeError("the model has stopped answering") from self.worker.error
         request = Request(
-            prompt=ids, limit=min(options.max_new_tokens, self.context - len(ids)), temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+            prompt=ids, limit=min(options.max_new_tokens, self.context - len(ids)), top_p=options.top_p,
+            temperature=options.temperature if options.temperature >= COLDEST else 0.0, top_k=min(options.top_k, LARGEST_K),
             seed=random.getrandbits(31) if options.seed is None else options.seed,
         )  # fmt: skip
         return self.worker.service.submit(request, deliver)

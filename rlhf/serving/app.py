@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable
 from importlib.resources import files
 from typing import Any
+from weakref import WeakSet
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -74,6 +75,8 @@ class Answering:
         """
         self.answerer, self.ids, self.options, self.stops, self.mail = answerer, ids, options, stops, mail
         self.pause, self.turn = pause, turn
+        self.asked = False
+        """Whether the model has been."""
 
     async def pieces(self) -> AsyncGenerator[Piece]:
         """What has come since the last piece is one piece. To send each token alone would cost more than to draw it, and what takes the
@@ -81,6 +84,7 @@ class Answering:
         heard = asyncio.Queue[Drawn]()
         speech, held, begun, ended = Speech(self.answerer.tokenizer), "", False, False
         keep = max(map(len, self.stops), default=1) - 1
+        self.asked = True
         ticket = self.answerer.submit(self.ids, self.options, self.mail.box(heard))
         due = 0.0
         try:
@@ -118,6 +122,8 @@ class Server:
         self.answerers, self.options, self.settings, self.comparisons = answerers, options, settings, comparisons
         self.counts: Counter[str] = Counter()
         self.mail = Mail()
+        self.begun: WeakSet[Answering] = WeakSet()
+        """Answers that a client is about to hear, or hears; one that went away before leaves nothing."""
 
     def app(self) -> Starlette:
         routes = [
@@ -158,7 +164,7 @@ class Server:
                 raise Refused(401, "the token is missing or wrong: send it as `Authorization: Bearer TOKEN`", code="invalid_api_key")
         elif request.url.hostname not in LOOPBACK:
             raise Refused(403, f"this server has no token, so that it answers to {', '.join(LOOPBACK)} only", code="forbidden_host")
-        if request.method == "POST" and request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        if request.method == "POST" and request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "the body must be JSON: send `Content-Type: application/json`")
 
     async def _body(self, request: Request) -> bytes:
@@ -175,14 +181,18 @@ class Server:
         return self.answerers[name]
 
     def _begin(self, answerer: Answerer, ids: tuple[int, ...], options: ReplyConfig, stops: list[str], *, turn: bool) -> Answering:
-        if len(answerer.worker.service.waiting) >= self.settings.queue:
+        service = answerer.worker.service
+        coming = sum(one.answerer is answerer and not one.asked for one in self.begun)
+        if len(service.waiting) + coming >= self.settings.queue + len(service.free):
             raise Refused(429, f"{self.settings.queue} requests wait already: try again later", code="overloaded")
         if len(ids) >= answerer.context:
             said = f"the prompt has {len(ids)} tokens, and the context holds {answerer.context} with the answer: shorten it"
             raise Refused(400, said, field="messages", code="context_length_exceeded")
         if answerer.worker.error is not None:
             raise Refused(503, "the model has stopped answering: see the server's log")
-        return Answering(answerer, ids, options, stops, mail=self.mail, pause=self.settings.pause_ms / 1000, turn=turn)
+        answering = Answering(answerer, ids, options, stops, mail=self.mail, pause=self.settings.pause_ms / 1000, turn=turn)
+        self.begun.add(answering)
+        return answering
 
     # --- answers ---
 
@@ -265,15 +275,18 @@ class Server:
         if self.comparisons is None:
             raise Refused(404, "there is one checkpoint only: start the server with chat.compare=DIR")
         asked = parse(CompareAsked, await self._body(request))
-        pair = self.comparisons.open(asked.prompt)
-        answers = {}
-        for side, name in pair.sides.items():
+        begun: dict[str, Answering] = {}
+        for name in self.comparisons.models:
             answerer = self.answerers[name]
             try:
                 prompt = answerer.prompt([{"role": "user", "content": asked.prompt}], self.options)
             except UserError as error:
                 raise Refused(400, str(error), field="prompt") from error
-            answers[side] = self._begin(answerer, prompt.ids, self.options, [], turn=True)
+            if prompt.notice is not None:  # a vote on answers to the prompt's end would become a pair with all of it
+                raise Refused(400, f"{prompt.notice}: shorten the prompt", field="prompt", code="context_length_exceeded")
+            begun[name] = self._begin(answerer, prompt.ids, self.options, [], turn=True)
+        pair = self.comparisons.open(asked.prompt)
+        answers = {side: begun[name] for side, name in pair.sides.items()}
         return StreamingResponse(self._duel(pair.id, answers), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     async def _duel(self, pair: str, answers: dict[str, Answering]) -> AsyncGenerator[str]:

@@ -60,9 +60,11 @@ class ServerConfig:
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, f"port must lie in [0, 65535], got {self.port}")
         require_at_least_one(slots=self.slots, queue=self.queue, body_kb=self.body_kb)
+        require(bool(self.votes), "votes must name a file")
         require_in("patience", self.patience, 0)
         require_in("pause_ms", self.pause_ms, 0)
         require(self.token is None or len(self.token) >= 8, "token must have at least 8 characters")
+        require(self.token is None or self.token.isascii(), "token must be ASCII: clients send other letters in different ways")
         require(
             self.token is not None or self.host in LOOPBACK,
             f"host={self.host} can be reached from other machines, so token must be set: anyone could use the model otherwise",

@@ -98,6 +98,8 @@ class RolloutConfig:
         )
         for name in ("temperature", "top_k", "min_new_tokens"):
             require_in(name, getattr(self, name), 0)
+        cold = f"temperature must be 0 (the likeliest token) or at least 0.001, got {self.temperature}"
+        require(self.temperature == 0 or self.temperature >= 1e-3, cold)
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
         require_at_least_one(
             max_new_tokens=self.max_new_tokens, prefill_tokens=self.prefill_tokens, tp_gather_partition_size=self.tp_gather_partition_size

@@ -21,6 +21,7 @@ from rlhf.serving.answerer import Answerer
 from rlhf.serving.app import Server
 from rlhf.serving.compare import Comparisons
 from rlhf.serving.judge import Judge
+from rlhf.serving.protocol import Refused
 from rlhf.serving.votes import Votes
 
 TOKEN = "a long secret"
@@ -172,6 +173,8 @@ def test_a_bad_request_gets_one_clear_sentence(url: str, path: str, body: Any, s
 def test_only_json_is_taken_and_only_by_its_own_name(url: str) -> None:
     wrong_kind = httpx.post(f"{url}/v1/chat/completions", content=json.dumps(ASKED), headers={"Content-Type": "text/plain"})
     assert wrong_kind.status_code == 415 and "must be JSON" in wrong_kind.json()["error"]["message"]
+    loud = httpx.post(f"{url}/v1/chat/completions", content=json.dumps(ASKED), headers={"Content-Type": "Application/JSON; charset=utf-8"})
+    assert loud.status_code == 200
     rebound = httpx.post(f"{url}/v1/chat/completions", json=ASKED, headers={"Host": "evil.example:80"})
     assert rebound.status_code == 403 and "has no token" in rebound.json()["error"]["message"]
     assert "access-control-allow-origin" not in httpx.get(f"{url}/v1/models", headers={"Origin": "https://evil.example"}).headers
@@ -193,9 +196,12 @@ def test_an_open_address_needs_a_token() -> None:
         settings(host="0.0.0.0")
     with pytest.raises(ValueError, match="token must have at least 8 characters"):
         settings(token="short")
+    with pytest.raises(ValueError, match="token must be ASCII"):
+        settings(token="schlüssel1")
 
 
-def test_more_than_may_wait_is_refused(answerers: dict[str, Answerer]) -> None:
+def test_more_than_may_wait_is_refused(answerers: dict[str, Answerer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answerers["after"].worker.service, "free", [])
     with serving(Server(answerers, PLAIN, settings(queue=1), None)) as url:
         service = answerers["after"].worker.service
         waiting = [object()]
@@ -205,6 +211,28 @@ def test_more_than_may_wait_is_refused(answerers: dict[str, Answerer]) -> None:
         finally:
             service.waiting.clear()
         assert answer.status_code == 429 and "1 requests wait already" in answer.json()["error"]["message"]
+
+
+def test_those_that_come_at_once_count_before_the_model_has_heard_of_them(answerers: dict[str, Answerer]) -> None:
+    server, answerer = Server(answerers, PLAIN, settings(queue=2), None), answerers["after"]
+
+    def begin() -> Any:
+        return server._begin(answerer, (1, 2), PLAIN, [], turn=True)
+
+    coming = [begin() for _ in range(2 + answerer.worker.service.slots)]
+    with pytest.raises(Refused, match="2 requests wait already"):
+        begin()
+    coming.pop()  # its client has gone away
+    assert begin() is not None
+
+
+def test_a_setting_beyond_what_numbers_hold_harms_nobody(client: OpenAI, answerers: dict[str, Answerer]) -> None:
+    """The likeliest token is drawn where nothing else could be."""
+    for settings_ in ({"temperature": 1e-40}, {"temperature": 1e-4}, {"extra_body": {"top_k": 10**30}}, {"seed": 10**30}):
+        said = client.chat.completions.create(model="after", messages=[{"role": "user", "content": "name four fruits"}], **settings_)  # type: ignore[call-overload]
+        if "temperature" in settings_:
+            assert said.choices[0].message.content == alone(answerers["after"], "name four fruits")
+    assert answerers["after"].worker.error is None
 
 
 def test_health_and_metrics(url: str) -> None:
@@ -274,6 +302,13 @@ def test_a_vote_counts_once_and_a_tie_is_no_pair(comparing: tuple[str, Path]) ->
     with httpx.stream("POST", f"{url}/compare", json={"prompt": "what"}) as answer:
         half = json.loads(next(answer.iter_lines()).removeprefix("data: "))["id"]
     assert httpx.post(f"{url}/compare/{half}/vote", json={"choice": "a"}).status_code == 404, "nobody has seen both answers"
+
+
+def test_a_prompt_that_would_be_cut_is_not_compared(comparing: tuple[str, Path]) -> None:
+    url, votes = comparing
+    answer = httpx.post(f"{url}/compare", json={"prompt": "plum red " * 300})
+    assert answer.status_code == 400 and "do not fit into the context" in answer.json()["error"]["message"]
+    assert not votes.read_text()
 
 
 def test_an_empty_or_equal_answer_makes_no_pair(tmp_path: Path) -> None:
