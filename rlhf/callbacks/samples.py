@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from rlhf.callbacks.run_log import run_logs
+from rlhf.config import UserError
 from rlhf.modules.base import RoleModule
 from rlhf.types import PromptBatch
 
@@ -26,6 +27,8 @@ class Samples(Callback):
     def __init__(self, folder: Path, decode: Decode, *, every: int, rows: int) -> None:
         self.file = folder / "samples.jsonl"
         self.decode = decode
+        if every < 1 or rows < 1:
+            raise UserError(f"callbacks.samples.every and .rows must be at least 1, got {every} and {rows}")
         self.every = every
         self.rows = rows
 

@@ -41,7 +41,7 @@ from rlhf.engines.launcher import accelerator
 from rlhf.engines.strategy import RoleStrategy
 from rlhf.logging import log
 from rlhf.models.factory import Blueprint
-from rlhf.models.source import find_export, network_config, weights_folder
+from rlhf.models.source import EXPORTS, find_export, network_config, weights_folder
 from rlhf.modules.base import RoleModule
 from rlhf.settings import OptimizerConfig, RoleConfig, SchedulerConfig, ZeroConfig
 
@@ -110,13 +110,12 @@ class Job:
 
     def init_folder(self, role: str) -> Path | None:
         """The export a role starts from, if it has one."""
-        sources = {"actor": ("actor",), "reward": ("reward", "actor"), "critic": ("critic", "reward", "actor"), "ref": ("actor", "ref")}
         init = getattr(self.cfg, role).init
         if init is None and role == "ref":
             init = self.cfg.actor.init
         if init is None and role == "critic":
             init = (self.cfg.reward if self.cfg.ppo.critic_init == "reward" else self.cfg.actor).init
-        return None if init is None else find_export(init, *sources[role], key=f"{role}.init")
+        return None if init is None else find_export(init, *EXPORTS[role], key=f"{role}.init")
 
     def blueprint(self, role: str, *, kind: str, trained: bool, like: str | None = None) -> Blueprint:
         """What a role's network is built of. Call `tokenizer` first.

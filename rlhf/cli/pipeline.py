@@ -15,10 +15,11 @@ from rlhf.callbacks.run_log import run_logs, told
 from rlhf.cli import rundir
 from rlhf.cli.evaluate.ahead import require_possible
 from rlhf.cli.job import JobFailed, checked, run_job
+from rlhf.cli.pipeline_ahead import require_later_steps
 from rlhf.cli.sections import COMMON, EVALUATE, TRAINING
 from rlhf.cli.summary_page import ROWS, plot_pipeline, print_pipeline
 from rlhf.cli.wandb_settings import require_key
-from rlhf.config import UserError
+from rlhf.config import UserError, build
 from rlhf.logging import log
 
 PARTS = {step: TRAINING[step] for step in ("sft", "reward", "ppo")} | {"evaluate": EVALUATE}
@@ -92,6 +93,8 @@ def run_pipeline(config: Mapping[str, Any]) -> dict[str, Any]:
     if (whole := rundir.done_already(run_dir, config)) is not None:
         log.info("run_dir=%s is done already: there is nothing to resume", run_dir)
         return whole
+    root = run_dir.absolute()
+    require_later_steps([build(step_config(config, step)) for step in steps if step != "evaluate"], root)
     if "evaluate" in steps:  # before hours of training, rather than after
         require_possible(cfg, step_config(config, "evaluate"))
     require_key(config)

@@ -31,6 +31,7 @@ EXAMPLES = Features(
     {"prompt": Value("string"), "chosen": Value("string"), "rejected": Value("string"), **RANKING, "opening": Value("int32")}
 )
 SEEN = "prompt seen in training"
+NO_TEXT = "data.ptx is empty, but a pre-training loss is asked for: name a source of plain text"
 
 
 def phase_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, phase: Phase, split: Split) -> tuple[Dataset, dict[str, int]]:
@@ -67,7 +68,7 @@ def ptx_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Data
         UserError: `data.ptx` is empty or a source has less text than one row.
     """
     if not data.ptx:
-        raise UserError("data.ptx is empty, but a pre-training loss is asked for: name a source of plain text")
+        raise UserError(NO_TEXT)
     sources = [resolve(item, data.path, key="data.ptx") for item in data.ptx]
     key = _key(data, tokenizer, "ptx", "train", [identity(source) for source in sources])
 
@@ -84,6 +85,34 @@ def ptx_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Data
     if len(rows) == 0:
         raise UserError(f"data.ptx: {len(data.ptx)} sources give less than one row of text: add text or lower data.max_answer_tokens")
     return rows, report
+
+
+def require_rows(data: DataConfig, phase: Phase, *, at_least: int, key: str) -> None:
+    """Reads the texts of a step, and tokenises none.
+
+    Args:
+        at_least: rows of the step's batch.
+        key: what the user named them by.
+
+    Raises:
+        UserError: a source cannot be read, or the step has fewer rows, even if none is too long.
+    """
+    rows, _ = _phase_examples(data, _sources(data), phase, "train")
+    usable = sum(text is not None for text in rows["rejected"]) if phase == "reward" else len(rows)
+    if usable < at_least:
+        kind = "pairs (rows with a rejected answer)" if phase == "reward" else "rows"
+        raise UserError(f"{key}={at_least} is more than the {usable} {kind} of the {phase} step: lower it, add data, or change data.split")
+
+
+def require_text(data: DataConfig) -> None:
+    """
+    Raises:
+        UserError: `data.ptx` is empty, or names a source that cannot be read.
+    """
+    if not data.ptx:
+        raise UserError(NO_TEXT)
+    for item in data.ptx:
+        _read(data, resolve(item, data.path, key="data.ptx"), "train")
 
 
 def sft_corpus(data: DataConfig) -> Iterator[str]:

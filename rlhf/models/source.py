@@ -30,6 +30,10 @@ STEPS = ("ppo", "dpo", "sft", "reward")
 """Run directories that one directory may hold, as a pipeline's does: the policy that learned last comes first."""
 
 
+EXPORTS = {"actor": ("actor",), "reward": ("reward", "actor"), "critic": ("critic", "reward", "actor"), "ref": ("actor", "ref")}
+"""Role -> the exports of a run directory that it may start from, the first that is there."""
+
+
 def find_export(path: str, *names: str, key: str = "init", otherwise: str | None = None) -> Path:
     """The HF-layout folder that a key means: the folder itself, or `export/<name>` of a run directory.
 

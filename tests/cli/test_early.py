@@ -71,6 +71,28 @@ def test_an_evaluation_that_cannot_be_is_refused_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
+LATER = {
+    "weights of a later step": (("critic.init=nowhere",), "critic.init=nowhere holds no model"),
+    "keywords of a reward function": (
+        ("ppo.reward_source=both", "ppo.reward_function=rlhf.models.scorer.ScalarScorer", "+ppo.reward_function_kwargs={width:3}"),
+        "ppo.reward_function_kwargs do not fit rlhf.models.scorer.ScalarScorer",
+    ),
+    "recorded answers": (("rollout=recorded", "rollout.recorded_path=nowhere"), "rollout.recorded_path=nowhere is no folder"),
+    "plain text": (("ppo.ptx_coef=1", "data.ptx=[{name: t, path: nowhere.jsonl, text: '{text}'}]"), "nowhere.jsonl"),
+    "a batch of pairs": (("rm.batch_size=4000",), "rm.batch_size=4000 is more than the 7 pairs (rows with a rejected answer) of the reward step"),
+    "prompts": (("data.split=[1,1,0]",), "ppo.batch_size=4 is more than the 0 rows of the ppo step"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "part"), LATER.values(), ids=LATER)
+def test_what_a_later_step_lacks_is_said_before_the_first(
+    words: tuple[str, ...], part: str, refused: Refused, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    says(refused(*PIPELINE, f"data.path={pairs}", "steps=[sft,reward,ppo]", "run_dir=run", *words), (part,))
+    assert not (tmp_path / "run").exists()
+
+
 # --- one vocabulary --------------------------------------------------------------------------------------------------------------
 
 
