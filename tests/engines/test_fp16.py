@@ -1,5 +1,5 @@
-"""16 bits: fp16's loss scale, and gradients that are no numbers. The CPU is made to admit fp16: the arithmetic is there, only DeepSpeed does not
-expect it."""
+"""fp16's loss scale, and gradients that are no numbers, in any precision. The CPU is made to admit fp16: the arithmetic is there, only
+DeepSpeed does not expect it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def engine_at(stage: int, precision: str = "fp16") -> Any:
         optimizer=cfg.sft.optimizer, scheduler=cfg.sft.scheduler, total_steps=10, lora=cfg.actor.lora, micro_batch_size=2, accumulation=1
     )
     spec = EngineSpec(zero=cfg.actor.zero, precision=precision, training=training, reloadable=False)
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     blueprint = Blueprint(kind="causal", config=config("llama"), folder=None, lora=None, gradient_checkpointing=False, dtype=dtype)
     torch.manual_seed(0)
     network = build_network(blueprint, sharded=nullcontext(), gather=lambda _: nullcontext(), is_writer=True)
@@ -77,13 +77,14 @@ def test_the_gradient_norm_is_the_same_at_stage_0_and_1() -> None:
     assert norm_of_a_step(0) == pytest.approx(norm_of_a_step(1), rel=0.01)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_step_with_a_gradient_that_is_no_number_changes_no_weight_and_is_an_error(stage: int, bad: float) -> None:
-    engine = engine_at(stage, "bf16")
-    look_once(engine)
+def test_a_step_with_a_gradient_that_is_no_number_changes_no_weight_and_is_an_error(stage: int, precision: str, bad: float) -> None:
+    engine = engine_at(stage, precision)
+    if precision == "bf16":
+        look_once(engine)
     strategy: Any = SimpleNamespace(
-        engines={"actor": engine}, specs={"actor": SimpleNamespace(stage=stage, precision="bf16")}, world_size=1
+        engines={"actor": engine}, specs={"actor": SimpleNamespace(stage=stage, precision=precision)}, world_size=1
     )
     before = [p.detach().clone() for p in engine.module.parameters()]
     ids = torch.arange(4, 20).reshape(2, 8)
