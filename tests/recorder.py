@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 from lightning.pytorch import Callback
+from torch import Tensor
+
+
+def current(parameter: Any) -> Tensor:
+    """The weight as the optimizer has it. Nothing is made whole for it and released: that would hide what a run without this callback does."""
+    weight = safe_get_full_fp32_param(parameter) if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping") else parameter.data
+    return weight.detach().cpu().clone().view(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class RecordWeights(Callback):
@@ -20,8 +28,7 @@ class RecordWeights(Callback):
         self._save(trainer, pl_module)
 
     def _save(self, trainer: Any, pl_module: Any) -> None:
-        with pl_module.strategy.whole("actor") as network:
-            weights = {name: p.detach().clone() for name, p in network.model.named_parameters()}
+        weights = {name: current(p) for name, p in pl_module.strategy.network("actor").model.named_parameters()}
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             torch.save(weights, self.folder / f"weights-{pl_module.iteration:03d}.pt")

@@ -29,13 +29,14 @@ def answer_masks(action_mask: Tensor, ended: Tensor, *, pad_is_end: bool, score_
         action_mask: (B, A) bool, the end-of-turn token included.
         ended: (B,) bool: the last token is the end of turn.
         pad_is_end: the end of turn is padding.
-        score_slot: end, the last counted token; or past_end, the one after it unless the row is full.
+        score_slot: end, the last counted token, or the end of turn where nothing is counted; or past_end, the one after the last counted
+            token unless the row is full.
         min_answer_tokens: an answer with fewer counted tokens is not trained on.
     """
     end = last_true(action_mask) & ended[:, None]  # (B, A)
     counted = action_mask & ~end if pad_is_end else action_mask
     lengths = counted.sum(dim=1, keepdim=True)  # (B, 1)
-    rewarded = counted
+    rewarded = counted | (end & (lengths == 0))  # or the score of an end alone would be lost, to its group's baseline as well
     if score_slot == "past_end":
         rewarded = torch.arange(action_mask.shape[1], device=action_mask.device) <= lengths
     return AnswerMasks(counted, rewarded, counted & (lengths >= min_answer_tokens))

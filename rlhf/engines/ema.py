@@ -14,6 +14,7 @@ from deepspeed.utils import safe_get_local_fp32_param
 from torch import Tensor, nn
 
 from rlhf.config import UserError
+from rlhf.engines.gather import release
 from rlhf.engines.strategy import RoleStrategy
 
 
@@ -48,6 +49,7 @@ class AveragedWeights:
     @contextmanager
     def in_place(self) -> Iterator[nn.Module]:
         """The role's network with the average as its weights, in its own precision; the weights come back at the end. Collective."""
+        release(list(self.parameters.values()))  # or a small parameter's whole copy would go on being used in the place of what is put
         kept = {name: self._storage(parameter).clone() for name, parameter in self.parameters.items()}
         try:
             with torch.no_grad():
@@ -55,6 +57,7 @@ class AveragedWeights:
                     self._put(name, parameter)
             yield self.strategy.network(self.role)
         finally:
+            release(list(self.parameters.values()))
             for name, parameter in self.parameters.items():
                 self._storage(parameter).copy_(kept[name])
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import deepspeed
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from rlhf.engines.config import EngineSpec, engine_config
@@ -32,6 +33,13 @@ def gathered_for_writing(parameters: list[nn.Parameter]) -> AbstractContextManag
     """Whole on every rank; what rank zero writes is what all ranks keep."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0) if sharded else nullcontext()
+
+
+def release(parameters: list[nn.Parameter]) -> None:
+    """Drops what this rank has whole beside its shard, without communication. Small parameters stay whole after a step
+    (`persistence_threshold`), and what is written into a shard then would not be seen."""
+    with gathered([p for p in parameters if getattr(p, "ds_status", None) is ZeroParamStatus.AVAILABLE]):
+        pass
 
 
 @contextmanager

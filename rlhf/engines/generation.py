@@ -32,7 +32,11 @@ def answer_masks(answers: Tensor, end_id: int) -> tuple[Tensor, Tensor]:
 
 
 class HFGenerate:
-    """`model.generate` with a dynamic cache, all weights whole for the time of the call."""
+    """`model.generate` with a dynamic cache.
+
+    Under ZeRO-3 DeepSpeed's hooks release and gather each layer as it runs, even inside `whole`: every step is collective, and a rank whose
+    answers have ended goes on with the others until the longest answer of all ranks is there.
+    """
 
     def __init__(self, strategy: RoleStrategy, rollout: RolloutConfig, *, end_id: int, pad_id: int) -> None:
         self.strategy = strategy
@@ -57,6 +61,7 @@ class HFGenerate:
         return Rollout(ids=torch.cat([ids, answers], 1), mask=torch.cat([mask, action_mask], 1), action_mask=action_mask, ended=ended)
 
     def _answers(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:  # (B, P), (B, P) -> (B, up to A)
+        sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
         greedy = self.rollout.temperature == 0
         sampling: dict[str, Any] = {"do_sample": not greedy}
         if not greedy:
@@ -65,7 +70,7 @@ class HFGenerate:
             out = model.generate(
                 input_ids=ids, attention_mask=mask.long(), max_new_tokens=self.rollout.max_new_tokens,
                 min_new_tokens=self.rollout.min_new_tokens or None, eos_token_id=self.end_id, pad_token_id=self.pad_id,
-                use_cache=True, **sampling,
+                use_cache=True, synced_gpus=sharded and self.strategy.world_size > 1, **sampling,
             )  # fmt: skip
         return out[:, ids.shape[1] :]
 

@@ -16,7 +16,10 @@ from torch import Tensor
 
 
 def gradients(engine: Any) -> list[Tensor]:
-    """The (loss-scaled) gradients this rank is about to step with: its shards under ZeRO 1-3, the parameters' own at stage 0."""
+    """The (loss-scaled) gradients this rank is about to step with: its shards under ZeRO 1-3, the parameters' own at stage 0.
+
+    Not with an offloaded optimizer, whose gradients are on their way to the host.
+    """
     averaged = getattr(engine.optimizer, "averaged_gradients", None)
     if averaged:
         return [g for group in averaged.values() for g in (group or []) if g is not None]
@@ -25,6 +28,8 @@ def gradients(engine: Any) -> list[Tensor]:
 
 def has_overflow(engine: Any) -> bool:
     """Whether any rank's gradients hold an inf or a nan. Collective."""
+    if hasattr(engine.optimizer, "has_overflow"):  # ZeRO's own look: with offload nobody else knows where the gradients are
+        return bool(engine.optimizer.has_overflow())
     bad = any(not bool(torch.isfinite(g).all()) for g in gradients(engine))
     flag = torch.tensor(float(bad), device=engine.device)
     if dist.is_initialized():
@@ -52,10 +57,21 @@ def align_overflow(engines: dict[str, Any]) -> Iterator[None]:
         for role, engine in engines.items():
             if not flags[role]:
                 spared[role] = _scale_state(engine)
-                gradients(engine)[0].fill_(float("inf"))  # the engine's own check then skips the step
+                _spoil(engine)
     yield
     for role, state in spared.items():
         vars(_scaler(engines[role])).update(state)
+
+
+def _spoil(engine: Any) -> None:
+    """Lets the engine's own check find an overflow in its next step."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "inf_or_nan_tracker"):  # stage 3
+        optimizer.inf_or_nan_tracker.fill_(True)
+    elif getattr(optimizer, "cpu_offload", False):  # stages 1 and 2, which look at gradients only on their way to the host
+        optimizer.local_overflow = True
+    else:
+        gradients(engine)[0].fill_(float("inf"))
 
 
 def loss_scale(engine: Any) -> float:

@@ -182,8 +182,11 @@ class RoleStrategy(DeepSpeedStrategy):
             return {role: self._step(role, engine) for role, engine in engines.items()}
 
     def _step(self, role: str, engine: Any) -> StepResult:
-        # Stage 0 in fp32 clips without telling the norm, so it is taken from the gradients, which are already reduced.
+        # Stage 0 in fp32 clips without telling the norm, so it is taken from the gradients, which are already reduced. It also looks at
+        # nothing: every weight would become nan.
         norm = _gradient_norm(engine) if self.specs[role].stage == 0 and self.specs[role].precision == "fp32" else None
+        if norm is not None and not math.isfinite(norm):
+            raise _not_finite(role)
         rate = engine.optimizer.param_groups[0]["lr"]
         scale = norm_scale(engine)
         engine.step()
@@ -191,7 +194,7 @@ class RoleStrategy(DeepSpeedStrategy):
         skipped = bool(getattr(engine.optimizer, "overflow", False))
         if skipped and self.specs[role].precision != "fp16":
             # fp16 overflows now and then and its scaler recovers; here DeepSpeed would drop every step without a word.
-            raise FloatingPointError(f"{role}: the gradients are not finite, so nothing can be learned; see the last rows of metrics.csv")
+            raise _not_finite(role)
         return StepResult(math.nan if told is None else float(told) / scale, float(rate), skipped)
 
     def overflows(self, role: str) -> bool:
@@ -217,6 +220,10 @@ class RoleStrategy(DeepSpeedStrategy):
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+
+def _not_finite(role: str) -> FloatingPointError:
+    return FloatingPointError(f"{role}: the gradients are not finite, so nothing can be learned; see the last rows of metrics.csv")
 
 
 def _gradient_norm(engine: Any) -> float:

@@ -24,6 +24,7 @@ from rlhf.inference.graphs import Steps
 from rlhf.inference.reference import record
 from rlhf.inference.sampling import Sampling, choose_each, uniforms
 from rlhf.inference.slots import Slots, cache_specs
+from rlhf.logging import log
 
 End = Literal["stop", "length", "cancelled", "failed"]
 
@@ -109,6 +110,8 @@ class Service:
         """Slot -> what is answered in it. Only the stepping thread touches it."""
         self.free = list(range(slots))
         self.changed = threading.Condition()
+        self.closed = False
+        """Nothing more is taken: whoever ran the steps has ended, or ends once what is on its way is answered. Set under `changed`."""
 
     # --- from any thread ---
 
@@ -117,6 +120,7 @@ class Service:
 
         Raises:
             ValueError: the prompt is empty, or prompt and answer do not fit into the cache.
+            RuntimeError: nothing more is taken, so that nobody would ever answer.
         """
         if not request.prompt or request.limit < 1:
             raise ValueError("a request needs at least one token of a prompt and one of an answer")
@@ -124,6 +128,8 @@ class Service:
             raise ValueError(f"{len(request.prompt)} tokens of a prompt and {request.limit} of an answer do not fit into {self.tokens}")
         ticket = Ticket(request, deliver)
         with self.changed:
+            if self.closed:
+                raise RuntimeError("the service is closed: nothing more is answered")
             self.waiting.append(ticket)
             self.changed.notify_all()
         return ticket
@@ -156,8 +162,9 @@ class Service:
         return bool(taken or slots)
 
     def fail(self) -> None:
-        """Ends everything that is answered or waits."""
+        """Ends everything that is answered or waits; nothing more is taken."""
         with self.changed:
+            self.closed = True
             waiting, self.waiting = list(self.waiting), deque()
         for ticket in [*self.active.values(), *waiting]:
             ticket.deliver(Drawn(None, 0.0, "failed"))
@@ -205,8 +212,8 @@ class Service:
         state.limits[at] = limits
         state.finished[at] = False
         self.top_k[at], self.seeds[at] = top_k, seeds
-        self.temperature[at] = torch.tensor([r.temperature for r in requests], device=self.device)
-        self.top_p[at] = torch.tensor([r.top_p for r in requests], device=self.device)
+        self.temperature[at] = torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=self.device)
+        self.top_p[at] = torch.tensor([r.top_p for r in requests], dtype=torch.float32, device=self.device)
         self._deliver(self._draw(logits, at, sampled=self._sampled(list(taken))), list(taken))
 
     def _sampled(self, slots: list[int]) -> bool:
@@ -277,12 +284,13 @@ class Worker(threading.Thread):
                 service.step()
         except BaseException as error:
             self.error = error
+            log.error("a step of the model failed, and every request with it", exc_info=error)
             service.fail()
 
     def close(self, timeout: float | None = None) -> None:
-        """Answers what is on its way, then ends. After `timeout` seconds what is left is cut off."""
+        """Takes nothing more, answers what is on its way, then ends. After `timeout` seconds what is left is cut off."""
         with self.service.changed:
-            self.closing = True
+            self.closing = self.service.closed = True
             self.service.changed.notify_all()
         self.join(timeout)
         if self.is_alive():

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,18 +50,8 @@ def build_network(blueprint: Blueprint, *, sharded: AbstractContextManager[objec
     Raises:
         UserError: the family has no such head, or the weights do not fit the config.
     """
-    auto = AutoModelForCausalLM if blueprint.kind == "causal" else AutoModelForSequenceClassification
-    if blueprint.kind == "scalar":
-        blueprint.config.num_labels = 1
-    try:
-        with sharded:
-            with no_init_weights():
-                model = auto.from_config(blueprint.config, dtype=blueprint.dtype)
-            model.tie_weights()
-    except ValueError as error:
-        if "Unrecognized configuration class" in str(error):
-            raise UserError(f"transformers has no {blueprint.kind} model for the family {blueprint.config.model_type!r}") from error
-        raise
+    with sharded:
+        model = _empty(blueprint)
     fresh = _load(model, blueprint.folder, gather, is_writer) if blueprint.folder else set(dict(model.named_parameters()))
     _initialize(model, fresh, gather, is_writer)
     if blueprint.lora is not None and blueprint.lora.rank > 0:  # last, so that random weights are those without adapters
@@ -73,6 +63,42 @@ def build_network(blueprint: Blueprint, *, sharded: AbstractContextManager[objec
         model.enable_input_require_grads()
     network = CausalLM(model) if blueprint.kind == "causal" else ScalarModel(model)
     return network.train()
+
+
+def check_adapters(blueprint: Blueprint, role: str) -> None:
+    """Refuses what `build_network` would, before anything is loaded: layers of the user's choice that cannot have an adapter.
+
+    Raises:
+        UserError: names the key of the role.
+    """
+    if blueprint.lora is None or blueprint.lora.rank == 0 or blueprint.lora.target_modules == "all-linear":
+        return
+    with torch.device("meta"):
+        model = _empty(blueprint)
+        try:
+            add_adapters(model, blueprint.lora, scalar=blueprint.kind == "scalar")
+        except UserError as error:
+            raise UserError(f"{role}.{error}") from error
+
+
+def _empty(blueprint: Blueprint) -> Any:
+    """The model of transformers, its weights whatever the memory holds.
+
+    Raises:
+        UserError: the family has no such head.
+    """
+    auto = AutoModelForCausalLM if blueprint.kind == "causal" else AutoModelForSequenceClassification
+    if blueprint.kind == "scalar":
+        blueprint.config.num_labels = 1
+    try:
+        with no_init_weights():
+            model = auto.from_config(blueprint.config, dtype=blueprint.dtype)
+    except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UserError(f"transformers has no {blueprint.kind} model for the family {blueprint.config.model_type!r}") from error
+        raise
+    model.tie_weights()
+    return model
 
 
 def freeze(network: Network) -> Network:

@@ -6,6 +6,7 @@ Knows no engine: a sharded weight is made whole by the caller.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -14,6 +15,7 @@ from peft import LoraConfig as PeftLora
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import UserError
 from rlhf.settings import LoraConfig
@@ -26,7 +28,7 @@ def add_adapters(model: nn.Module, lora: LoraConfig, *, scalar: bool) -> None:
     """Adds an adapter to every linear layer that `lora.target_modules` names; the head of a scalar model keeps training whole.
 
     Raises:
-        UserError: no module has such a name.
+        UserError: no module has such a name, or one that has cannot be adapted.
     """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     config = PeftLora(
@@ -37,11 +39,31 @@ def add_adapters(model: nn.Module, lora: LoraConfig, *, scalar: bool) -> None:
         inject_adapter_in_model(config, model)
     except ValueError as error:
         raise UserError(f"lora.target_modules={lora.target_modules}: {error}") from error
+    _refuse_unfoldable(model, lora)
     for name, parameter in model.named_parameters():
         in_adapted_layer = ".base_layer." in name  # frozen always, as in the original: its adapter learns in its place
         parameter.requires_grad_(
             "lora_" in name or name.startswith("score.") or (not lora.only and not in_adapted_layer and name in trained)
         )
+
+
+def _refuse_unfoldable(model: nn.Module, lora: LoraConfig) -> None:
+    """
+    Raises:
+        UserError: an adapter would train that no weight of an export can hold.
+    """
+    holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    for name, layer in adapted_layers(model).items():
+        base = layer.get_base_layer()
+        if not isinstance(base, nn.Linear | Conv1D):
+            raise UserError(
+                f"lora.target_modules={lora.target_modules}: {name} is no linear layer, but {type(base).__name__}: leave it out"
+            )
+        if holders[id(base.weight)] > 1:
+            raise UserError(
+                f"lora.target_modules={lora.target_modules}: {name} has its weight in common with another layer (tie_word_embeddings), which an "
+                "adapter would change as well: leave it out"
+            )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:

@@ -134,17 +134,18 @@ class Answerer:
         """Asks for the tokens of a reply to a prompt.
 
         Raises:
-            RuntimeError: the thread has ended.
+            RuntimeError: the thread has ended, or is about to.
             ValueError: it does not fit.
         """
-        if self.worker.error is not None:
-            raise RuntimeError("the model has stopped answering") from self.worker.error
         request = Request(
             prompt=ids, limit=min(options.max_new_tokens, self.context - len(ids)), top_p=options.top_p,
             temperature=options.temperature if options.temperature >= COLDEST else 0.0, top_k=min(options.top_k, LARGEST_K),
             seed=random.getrandbits(31) if options.seed is None else options.seed,
         )  # fmt: skip
-        return self.worker.service.submit(request, deliver)
+        try:
+            return self.worker.service.submit(request, deliver)
+        except RuntimeError as closed:
+            raise RuntimeError("the model has stopped answering") from (self.worker.error or closed)
 
     def close(self, timeout: float | None = 0.0) -> None:
         """Ends the thread. What is on its way is cut off after `timeout` seconds; None waits for it."""

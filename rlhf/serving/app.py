@@ -80,12 +80,19 @@ class Answering:
 
     async def pieces(self) -> AsyncGenerator[Piece]:
         """What has come since the last piece is one piece. To send each token alone would cost more than to draw it, and what takes the
-        server's time takes the model's: both are threads of one Python."""
+        server's time takes the model's: both are threads of one Python.
+
+        Raises:
+            Refused: before the first piece: the model has stopped answering.
+        """
         heard = asyncio.Queue[Drawn]()
         speech, held, begun, ended = Speech(self.answerer.tokenizer), "", False, False
         keep = max(map(len, self.stops), default=1) - 1
         self.asked = True
-        ticket = self.answerer.submit(self.ids, self.options, self.mail.box(heard))
+        try:
+            ticket = self.answerer.submit(self.ids, self.options, self.mail.box(heard))
+        except RuntimeError as error:
+            raise _stopped() from error
         due = 0.0
         try:
             while not ended:
@@ -188,8 +195,8 @@ class Server:
         if len(ids) >= answerer.context:
             said = f"the prompt has {len(ids)} tokens, and the context holds {answerer.context} with the answer: shorten it"
             raise Refused(400, said, field="messages", code="context_length_exceeded")
-        if answerer.worker.error is not None:
-            raise Refused(503, "the model has stopped answering: see the server's log")
+        if answerer.worker.service.closed:
+            raise _stopped()
         answering = Answering(answerer, ids, options, stops, mail=self.mail, pause=self.settings.pause_ms / 1000, turn=turn)
         self.begun.add(answering)
         return answering
@@ -266,6 +273,8 @@ class Server:
             if counts:
                 yield _event(envelope.counts(prompt=prompt, answer=tokens))
             yield "data: [DONE]\n\n"
+        except Refused as refusal:  # too late for a status
+            yield _event(refusal.body())
         finally:
             await pieces.aclose()
 
@@ -299,7 +308,7 @@ class Server:
             try:
                 async for piece in answering.pieces():
                     await heard.put((side, piece))
-            except RuntimeError:  # the model broke before it began
+            except Refused:  # the model broke before it began
                 await heard.put((side, Piece("", "failed", 0)))
 
         tasks = [asyncio.create_task(listen(side, answering)) for side, answering in answers.items()]
@@ -343,7 +352,7 @@ class Server:
         return JSONResponse({"object": "list", "data": cards})
 
     async def health(self, request: Request) -> Response:
-        broken = [name for name, answerer in self.answerers.items() if answerer.worker.error is not None]
+        broken = [name for name, answerer in self.answerers.items() if answerer.worker.service.closed]
         return JSONResponse({"status": "failed" if broken else "ok", "models": list(self.answerers)}, status_code=503 if broken else 200)
 
     async def metrics(self, request: Request) -> Response:
@@ -362,6 +371,10 @@ class Server:
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 """The page loads nothing from elsewhere and talks to this server only."""
+
+
+def _stopped() -> Refused:
+    return Refused(503, "the model has stopped answering: see the server's log")
 
 
 def _event(content: dict[str, Any]) -> str:

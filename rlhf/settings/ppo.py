@@ -69,8 +69,8 @@ class PPOConfig:
     score_from: Literal["end", "mean"]
     """What the reward model says of an answer: its output at the last token, or the mean of its outputs over the answer's tokens."""
     score_slot: Literal["end", "past_end"]
-    """The token that is rewarded with the score: the last that counts, or the one after it, where there is one. Advantages run through
-    that one too, but no loss looks at it."""
+    """The token that is rewarded with the score: the last that counts (of an answer without any, its end of turn), or the one after it,
+    where there is one. Advantages run through that one too, but no loss looks at it."""
     reward_scaling: bool
     """Divides scores by a standard deviation of scores, see reward_moments."""
     reward_centering: bool

@@ -29,7 +29,8 @@ def test_masks_equal_the_loop(drawn: Answers, pad_is_end: bool, slot: str, least
     masks = answer_masks(mask, ended, pad_is_end=pad_is_end, score_slot=slot, min_answer_tokens=least)
     for b, row in enumerate(mask.tolist()):
         counted = sum(row) - (1 if pad_is_end and ended[b] and any(row) else 0)
-        rewarded = min(counted + (slot == "past_end"), len(row))
+        end_alone = counted < sum(row) == 1
+        rewarded = min(counted + (slot == "past_end" or end_alone), len(row))
         trained = counted if counted >= least else 0
         assert [int(m[b].sum()) for m in masks] == [counted, rewarded, trained]
     assert all((m[:, :-1] >= m[:, 1:]).all() for m in masks), "from the first token on, without a gap"

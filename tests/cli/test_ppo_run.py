@@ -135,4 +135,7 @@ def test_a_metric_out_of_its_range_ends_the_run(runs: Path) -> None:
 @pytest.mark.launch
 def test_a_run_that_goes_nan_says_where_and_what_is_left(runs: Path) -> None:
     checkpoint = runs / "nan" / "checkpoints" / "step-000001"
-    assert error(runs / "nan") == f"Collapsed: iteration 2: rollout/reward is nan; the last good checkpoint is {checkpoint}"
+    assert error(runs / "nan") == (
+        "FloatingPointError: iteration 2: actor: the gradients are not finite, so nothing can be learned; see the last rows of metrics.csv; "
+        f"rollout/reward is nan; the last good checkpoint is {checkpoint}"
+    )

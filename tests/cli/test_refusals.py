@@ -235,6 +235,17 @@ RULES = {
     "a critic that reads other tokens": (
         (*PPO, "model@critic.model=opt-350m"), ("critic.model=opt-350m and actor.model=tiny have different", "train:word:512)"),
     ),
+    "an adapter on a head tied to the embedding": (
+        (*SFT, "lora@actor.lora=r8", "actor.lora.target_modules=[q_proj,lm_head]"),
+        ("actor.lora.target_modules=['q_proj', 'lm_head']: lm_head has its weight in common with another layer", "leave it out"),
+    ),
+    "an adapter on an embedding": (
+        (*REWARD, "lora@reward.lora=r8", "reward.lora.target_modules=[embed_tokens]"),
+        ("reward.lora.target_modules=['embed_tokens']: model.embed_tokens is no linear layer, but Embedding", "leave it out"),
+    ),
+    "an adapter on nothing": (
+        (*SFT, "lora@actor.lora=r8", "actor.lora.target_modules=[q_porj]"), ("actor.lora.target_modules=['q_porj']: ", "not found"),
+    ),
     "nothing to evaluate": (EVALUATE, ("actor.init is not set", "name the run directory or export")),
     "reward.init without a model": (
         (*PPO, "reward.init=tests"), ("reward.init=tests holds no model", "config.json", "export/reward"),

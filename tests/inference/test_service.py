@@ -190,3 +190,27 @@ def test_a_step_that_breaks_ends_every_request(monkeypatch: pytest.MonkeyPatch) 
     worker.join(timeout=30)
     assert [h.end for h in heard] == ["failed", "failed"] and isinstance(worker.error, ZeroDivisionError)
     assert worker.service.free == [0]
+    with pytest.raises(RuntimeError, match="the service is closed"):
+        worker.service.submit(request([5, 6]), Heard())
+    assert not worker.service.busy
+
+
+@pytest.mark.parametrize("timeout", [None, 0.0])
+def test_a_closed_worker_takes_nothing_more(timeout: float | None) -> None:
+    """What it took would wait for ever."""
+    worker, hears = Worker(service_of(noisy_model("opt"), slots=1)), Heard()
+    worker.start()
+    worker.close(timeout)
+    with pytest.raises(RuntimeError, match="the service is closed"):
+        worker.service.submit(request([5, 6]), hears)
+    assert hears.drawn == [] and worker.error is None
+
+
+def test_settings_may_be_whole_numbers() -> None:
+    prompts, model = mixed_prompts([4, 5]), noisy_model("opt")
+
+    def answers(temperature: float, top_p: float) -> list[list[int]]:
+        asked = [request(p, temperature=temperature, top_p=top_p, seed=3) for p in prompts]
+        return [hears.tokens for hears in answer_all(service_of(model, slots=2), asked)]
+
+    assert answers(1, 1) == answers(1.0, 1.0)

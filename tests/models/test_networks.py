@@ -168,6 +168,24 @@ def test_lora_only_trains_adapters_and_head() -> None:
     assert not any(p.requires_grad for p in freeze(network).parameters())
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_that_no_export_could_hold_is_refused(target: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"^lora\.target_modules=\['{target}'\]: \S*{target} (has its weight in common|is no linear layer)"
+    ):
+        build(blueprint("causal", None, "llama", lora=replace(LORA, target_modules=[target])))
+
+
+def test_a_head_of_its_own_may_be_adapted(tmp_path: Path) -> None:
+    network = build(blueprint("causal", None, "qwen2", lora=replace(LORA, target_modules=["lm_head"]))).eval()
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    export_network(network, tokenizer(), tmp_path / "out", gather=None, is_writer=True)
+    ids, mask = padded()
+    torch.testing.assert_close(build(blueprint("causal", tmp_path / "out")).eval()(ids, mask), network(ids, mask), rtol=1e-4, atol=2e-5)
+
+
 def test_adapters_come_from_the_seed_alone(tmp_path: Path) -> None:
     """ZeRO-3 and a GPU draw other numbers before it comes to the adapters, or on another device."""
     save_causal("llama", tmp_path)

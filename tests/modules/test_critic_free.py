@@ -67,6 +67,22 @@ def test_advantages_of_a_rollout(advantage: str) -> None:
     torch.testing.assert_close(experience.advantages, torch.where(mask, expected, 0), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("score_slot", ["end", "past_end"])
+def test_an_answer_that_is_its_end_alone_counts_in_its_group(score_slot: str) -> None:
+    """Where the end of turn is padding such an answer is not trained on, but the others are compared with what it scored."""
+    (module,) = learners("rloo", pad_is_end=True, score_slot=score_slot, kl_coef=0.0)
+    seen: list[Tensor] = []
+    inner = module._rewards
+    module._rewards = lambda shaped, *rest: seen.append(shaped) or inner(shaped, *rest)  # type: ignore[method-assign, func-returns-value]
+    experience, _ = module.score(answered())
+    alone = answered().ended & (answered().action_mask.sum(dim=1) == 1)
+    assert alone.tolist() == [row in (0, 6) for row in range(ROWS)] and not experience.action_mask[alone].any()
+    expected = seen[0] - seen[0].view(SAMPLES, -1).flip(0).flatten()  # of two answers, the other one's score
+    for row in (4, 2):
+        found = experience.advantages[row][experience.action_mask[row]]
+        torch.testing.assert_close(found, expected[row].expand_as(found), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("advantage", VARIANTS)
 def test_an_iteration_learns_the_same_on_one_rank_and_two(advantage: str) -> None:
     before = learners(advantage)[0]

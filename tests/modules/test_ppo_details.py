@@ -177,7 +177,9 @@ def test_the_end_that_is_padding() -> None:
     before, after = plain(), observed(pad_is_end=True)
     ended = rollout().ended
     assert torch.equal(after["mask"].sum(dim=1), LENGTHS - ended.long())
-    assert torch.equal(after["slots"], after["mask"]), "without past_end the score moves one token forward"
+    at_once = ended & (LENGTHS == 1)
+    assert torch.equal(after["slots"][~at_once], after["mask"][~at_once]), "without past_end the score moves one token forward"
+    assert torch.equal(after["slots"][at_once], before["slots"][at_once]) and at_once.any(), "unless there is none"
     faithful = observed(pad_is_end=True, score_slot="past_end")
     assert torch.equal(faithful["slots"][ended], plain()["slots"][ended]), "past the last counted token is the end of turn"
     assert torch.equal(faithful["mask"], after["mask"])
@@ -192,8 +194,9 @@ def test_masks_of_one_answer_each(pad_is_end: bool) -> None:
     counted = [[1, 1, 1], [1, 0, 0], [0, 0, 0]] if pad_is_end else action_mask.int().tolist()
     past = [[1, 1, 1], [1, 1, 0], [1, 0, 0]] if pad_is_end else [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
     trained = [row if sum(row) >= 2 else [0, 0, 0] for row in counted]
-    masks = answer_masks(action_mask, ended, pad_is_end=pad_is_end, score_slot="past_end", min_answer_tokens=2)
-    assert [mask.int().tolist() for mask in masks] == [counted, past, trained]
+    for slot, rewarded in (("past_end", past), ("end", [*counted[:2], [1, 0, 0]])):
+        masks = answer_masks(action_mask, ended, pad_is_end=pad_is_end, score_slot=slot, min_answer_tokens=2)
+        assert [mask.int().tolist() for mask in masks] == [counted, rewarded, trained]
 
 
 def test_short_answers_are_left_out() -> None:

@@ -83,6 +83,12 @@ def test_a_model_that_broke_says_so(answerer: Answerer, monkeypatch: pytest.Monk
         answerer.reply(ASKED, GREEDY)
 
 
+def test_a_closed_model_says_so(answerer: Answerer) -> None:
+    answerer.close()
+    with pytest.raises(RuntimeError, match="stopped answering"):
+        answerer.reply(ASKED, GREEDY)
+
+
 def test_what_cannot_answer_is_refused(tmp_path: Path, policy: Path) -> None:
     def refusal(checkpoint: Path, context: int | None = None, device: str = "cpu") -> str:
         with pytest.raises(UserError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from checkpoints import WORDS, save_reward
+from checkpoints import WORDS, save_policy, save_reward
 from openai import OpenAI
 from servers import PLAIN, SOME_WORDS, alone, loaded, questions, serving, settings
 
@@ -246,6 +246,30 @@ def test_health_and_metrics(url: str) -> None:
     page = httpx.get(url)
     assert page.status_code == 200 and "<!doctype html>" in page.text and "http://" not in page.text and "https://" not in page.text
     assert "connect-src 'self'" in page.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("late", [False, True], ids=["asked afterwards", "asked just before"])
+def test_a_model_that_has_ended_is_an_answer_and_no_wait(stream: bool, late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_policy(tmp_path, tokenizer=WORDS)
+    answerer = Answerer(str(tmp_path), context=None, slots=1, device="cpu", dtype="fp32")
+    begin = Server._begin
+
+    def ends_in_between(*args: Any, **options: Any) -> Any:
+        answering = begin(*args, **options)
+        answerer.close()
+        return answering
+
+    if late:
+        monkeypatch.setattr(Server, "_begin", ends_in_between)
+    else:
+        answerer.close()
+    with serving(Server({"after": answerer}, PLAIN, settings(), None)) as url:
+        answer = httpx.post(f"{url}/v1/chat/completions", json=ASKED | {"stream": stream}, timeout=20)
+        health = httpx.get(f"{url}/health")
+    assert answer.status_code == (200 if late and stream else 503), "a stream has begun by then"
+    assert "the model has stopped answering" in answer.text
+    assert health.status_code == 503 and health.json()["status"] == "failed"
 
 
 # --- comparing ---------------------------------------------------------------------------------------------------------------
