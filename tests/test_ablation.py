@@ -136,6 +136,9 @@ class FakePipeline:
         if "ppo" in steps:
             (run_dir / "ppo" / "metrics.csv").write_text("step,critic/clip_fraction\n1,0.5\n")
             write(run_dir / "ppo", {"status": "done" if outcome == "done" else "failed", "metrics": {}, "error": outcome})
+            if outcome != "done":  # the pipeline's own, which names the step
+                kind, _, message = outcome.partition(": ")
+                write(run_dir, {"status": "failed", "metrics": {}, "error": f"{kind}: ppo: {message}"})
         return 0 if outcome == "done" else 1
 
 

@@ -1,6 +1,6 @@
 """Runs the ablation: `python run.py --out DIR --jobs N`. Runs that DIR or runs.csv has are skipped, so that the table grows over sittings.
 
-SFT and reward model are trained once a seed and shared by all cells. A run is one process with one thread, PPO and its evaluation in it.
+SFT and reward model are trained once a seed and shared by all cells, but for those that turn a key of the reward model. A run is one process with one thread, PPO and its evaluation in it.
 What a run leaves: runs/CELL/seed-S/summary.json and metrics.csv. Its weights are deleted.
 
 A run that the guard ends, or whose gradients are not finite, is a result: its summary has the status `diverged` and the message. A run
@@ -72,8 +72,10 @@ def run_cell(out: Path, cell: Cell, seed: int) -> tuple[bool, str]:
     work, log = out / "work" / cell.name / f"seed-{seed}", out / "failed" / f"{cell.name}-seed-{seed}.log"
     shutil.rmtree(work, ignore_errors=True)
     start = time.perf_counter()
-    overrides = [*cell.overrides, f"actor.init={base / 'sft'}", f"reward.init={base / 'reward'}"]
-    code = pipeline("ppo,evaluate", seed, work, overrides, log)
+    own_reward = any(flip.startswith("rm.") for flip in cell.overrides)
+    given = {"actor.init": base / "sft"} | ({} if own_reward else {"reward.init": base / "reward"})
+    overrides = [*cell.overrides, *(f"{key}={path}" for key, path in given.items())]
+    code = pipeline("reward,ppo,evaluate" if own_reward else "ppo,evaluate", seed, work, overrides, log)
     seconds = time.perf_counter() - start
     summary = outcome(work)
     if summary is None:
@@ -89,7 +91,7 @@ def run_cell(out: Path, cell: Cell, seed: int) -> tuple[bool, str]:
 def outcome(work: Path) -> dict[str, Any] | None:
     """The summary of a run that ended with a result, good or bad; None: it was stopped or something broke."""
     summary = read_summary(work)
-    if summary is not None:
+    if summary is not None and summary["status"] == "done":
         return summary
     ppo = read_summary(work / "ppo")
     if ppo is not None and ppo["status"] == "failed" and str(ppo["error"]).startswith(DIVERGED):
