@@ -72,9 +72,8 @@ def run_cell(out: Path, cell: Cell, seed: int) -> tuple[bool, str]:
     work, log = out / "work" / cell.name / f"seed-{seed}", out / "failed" / f"{cell.name}-seed-{seed}.log"
     shutil.rmtree(work, ignore_errors=True)
     start = time.perf_counter()
-    own_reward = any(flip.startswith("rm.") for flip in cell.overrides)
-    given = {"actor.init": base / "sft"} | ({} if own_reward else {"reward.init": base / "reward"})
-    overrides = [*cell.overrides, *(f"{key}={path}" for key, path in given.items())]
+    own_reward = any(flip.startswith("rm.") for flip in cell.overrides)  # it starts from the SFT model, as the shared one does
+    overrides = [*cell.overrides, f"actor.init={base / 'sft'}", f"reward.init={base / ('sft' if own_reward else 'reward')}"]
     code = pipeline("reward,ppo,evaluate" if own_reward else "ppo,evaluate", seed, work, overrides, log)
     seconds = time.perf_counter() - start
     summary = outcome(work)
