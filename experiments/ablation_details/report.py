@@ -163,17 +163,31 @@ def figure(rows: Sequence[Row], file: Path) -> None:
 # --- the page of details -------------------------------------------------------------------------------------------------------
 
 
+CRITIC_FREE = ("ppo=grpo", "ppo=rloo", "ppo=reinforce_pp")
+"""Presets that are `corrected` with another `advantage` and what goes with it."""
+APART = {
+    "reward_source": "what is rewarded, not how PPO learns from it", "reward_function": "as `reward_source`",
+    "reward_function_kwargs": "as `reward_source`", "reward_function_coef": "as `reward_source`",
+    "actor_optimizer.name": "the same formula, computed otherwise", "critic_optimizer.name": "the same formula, computed otherwise",
+}  # fmt: skip
+"""Keys that are no detail of PPO."""
+
+
 def effects(rows: Sequence[Row], known: set[str]) -> dict[str, str]:
-    """What the cells say of each key of the page: `BASE with VALUE: difference (interval), verdict`. Whole presets and the cells of the
-    riddle, which start from four epochs, are left out."""
+    """What the cells say of each key of the page: `BASE with VALUE: difference (interval), verdict`. Whole presets are left out, and the cells
+    of the riddle, which start from four epochs, where another cell turns the key."""
     said: dict[str, list[str]] = {}
+    riddle: dict[str, list[str]] = {}
     four: set[str] = set()
     for r in rows:
         flips = dict(flip.split("=", 1) for flip in str(r["set"]).split())
         if r["from"] in four or flips.get("ppo.epochs") == "4":
             four.add(r["cell"])
-        turned = {key.removeprefix("ppo."): value for key, value in flips.items() if key.removeprefix("ppo.") in known}
-        if not r["from"] or r["from"] in four or "ppo" in flips:
+        turned = {re.sub(r"^(ppo|rm)\.", "", key): value for key, value in flips.items()}
+        if f"ppo={flips.get('ppo')}" in CRITIC_FREE:
+            turned = {"advantage": flips["ppo"]}
+        turned = {key: value for key, value in turned.items() if key in known}
+        if not r["from"] or "ppo" in turned:
             continue
         measured = r["verdict"]
         if not math.isnan(r["diff"]):
@@ -181,12 +195,13 @@ def effects(rows: Sequence[Row], known: set[str]) -> dict[str, str]:
             measured = f"{number(r['diff'], sign=True)}{spread}, {measured}"
         for key, value in turned.items():
             others = "".join(f" and `{other}={turned[other]}`" for other in turned if other != key)
-            said.setdefault(key, []).append(f"{r['from']} with `{value}`{others}: {measured}")
-    return {key: "; ".join(parts) for key, parts in said.items()}
+            found = riddle if r["from"] in four else said
+            found.setdefault(key, []).append(f"{r['from']} with `{value}`{others}: {measured}")
+    return {key: "; ".join(parts) for key, parts in (riddle | said).items()} | APART
 
 
 def keys_of(page: str) -> set[str]:
-    return set(re.findall(r"^\| `([\w.]+)` \|.*\|.*\|.*\|.*\|.*\|$", page, re.MULTILINE))
+    return set(re.findall(r"^\| `([\w.]+)` \|.*\|.*\|.*\|.*\|$", page, re.MULTILINE))
 
 
 def filled(page: str, rows: Sequence[Row]) -> str:
@@ -196,7 +211,7 @@ def filled(page: str, rows: Sequence[Row]) -> str:
     for line in page.splitlines():
         key = re.match(r"\| `([\w.]+)` \|", line)
         parts = line.split(" | ")
-        if key and len(parts) == 6:
+        if key and len(parts) in (5, 6):
             line = " | ".join([*parts[:-1], f"{said.get(key.group(1), UNMEASURED)} |"])
         lines.append(line)
     return "\n".join(lines) + "\n"
