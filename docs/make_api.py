@@ -21,7 +21,8 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "rlhf.cli.loop": ("Loop", "loop"),
         "rlhf.cli.assemble": ("Job",),
         "rlhf.cli.job": ("JobFailed",),
-        "rlhf.config": ("UserError", "build", "check", "locate"),
+        "rlhf.config": ("UserError", "build", "locate"),
+        "rlhf.rules": ("check",),
     },
     "What crosses between rooms": {
         "rlhf.types": ("TextBatch", "PairBatch", "RankedBatch", "PromptBatch", "Rollout", "Experience"),

@@ -17,7 +17,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rlhf.config import build, check
+from rlhf.config import build
+from rlhf.rules import check
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "experiments" / "ablation_details"

@@ -18,7 +18,8 @@ from jobs import composed
 from rlhf import settings
 from rlhf.cli.compose import _is_fragment, conf_dir
 from rlhf.cli.verbs import VERBS
-from rlhf.config import UserError, build, check
+from rlhf.config import UserError, build
+from rlhf.rules import check
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"

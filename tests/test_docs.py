@@ -25,7 +25,8 @@ from page_makers import maker
 from rlhf.cli.compose import primary_config, with_own_group
 from rlhf.cli.sweep.words import Composer, read_line
 from rlhf.cli.verbs import VERBS
-from rlhf.config import build, check
+from rlhf.config import build
+from rlhf.rules import check
 
 ROOT = Path(__file__).parents[1]
 INDEX = ROOT / "experiments" / "README.md"

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from jobs import composed
 
-from rlhf.config import build, check
+from rlhf.config import build
+from rlhf.rules import check
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "conf" / "experiment" / "dschat"

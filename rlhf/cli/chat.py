@@ -18,7 +18,8 @@ from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
 from rlhf.cli.rundir import write_atomically
-from rlhf.config import UserError, build, check, nearest
+from rlhf.config import UserError, build, nearest
+from rlhf.rules import check
 from rlhf.serving.answerer import Answerer
 from rlhf.serving.conversation import Message
 from rlhf.serving.judge import Judge

@@ -13,9 +13,10 @@ from typing import Any
 from rlhf.cli import rundir
 from rlhf.cli.errors import FAILED
 from rlhf.cli.vocabulary import require_one_vocabulary
-from rlhf.config import build, check
+from rlhf.config import build
 from rlhf.engines.launcher import SCRIPTED, accelerator_of_ranks, read_hostfile, render_hostfile, render_slurm, run_ranks
 from rlhf.logging import log
+from rlhf.rules import check
 
 
 class JobFailed(Exception):

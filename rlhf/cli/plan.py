@@ -11,9 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from rlhf.cli.sections import COMMON, TRAINING
-from rlhf.config import UserError, build, check
+from rlhf.config import UserError, build
 from rlhf.logging import log
 from rlhf.planning.report import as_json, judged, report
+from rlhf.rules import check
 
 
 def run_plan(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf.config import UserError, roles
+from rlhf.config import UserError
+from rlhf.rules import roles
 from rlhf.settings import ModelConfig
 
 PADDING = 512

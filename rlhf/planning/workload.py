@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf.config import UserError, world_size
+from rlhf.config import UserError
 from rlhf.planning.networks import Matrix, Network, network
+from rlhf.rules import world_size
 from rlhf.settings import LoraConfig, ZeroConfig
 
 STEPS = ("sft", "reward", "ppo", "dpo")

@@ -22,7 +22,7 @@ from rlhf.cli.bench.page import print_rollout
 from rlhf.cli.bench.rollout import rollout_metrics
 from rlhf.cli.compose import with_own_group
 from rlhf.cli.main import main
-from rlhf.config import build, check
+from rlhf.config import build
 from rlhf.engines import bench_rollout
 from rlhf.engines.baselines import Vocabulary, geometric_lengths, random_prompts, vocabulary
 from rlhf.engines.bench_parity import mixed_prompts
@@ -30,6 +30,7 @@ from rlhf.engines.bench_rollout import Rates, RolloutBench, Row
 from rlhf.engines.floor import ModelSize, decode_floor, model_size, prefill_floor
 from rlhf.engines.generation import HFGenerate
 from rlhf.models.networks import CausalLM
+from rlhf.rules import check
 from rlhf.types import PromptBatch, Rollout
 
 SMALL = ("model@actor.model=tiny", "bench.batch_sizes=[2]", "bench.prompt_tokens=6", "bench.new_tokens=4", "bench.repeats=2")

@@ -16,9 +16,10 @@ from jobs import composed
 
 from rlhf.cli.bench.calibrate import calibrate, hardware_file, sizes, slug
 from rlhf.cli.main import main
-from rlhf.config import UserError, build, check
+from rlhf.config import UserError, build
 from rlhf.engines.bench_calibrate import Calibration, Sizes
 from rlhf.engines.floor import timed
+from rlhf.rules import check
 from rlhf.settings import HardwareConfig
 
 SMALL = ("bench.cpu.copy_mb=1", "bench.cpu.matmul_width=32", "bench.cpu.collective_mb=1", "bench.repeats=3", "bench.launches=20")

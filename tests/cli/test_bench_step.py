@@ -15,11 +15,12 @@ from jobs import column, composed
 from rlhf.cli.bench.step import Ids, ppo_settings
 from rlhf.cli.bench.step_page import Expected, Lap, complete, expected, median, phase_figures, print_step, speeds, step_metrics
 from rlhf.cli.compose import primary_config
-from rlhf.config import UserError, build, check
+from rlhf.config import UserError, build
 from rlhf.engines.bench_rollout import Rates
 from rlhf.engines.bench_step import RandomPrompts, Spans, is_out_of_memory
 from rlhf.engines.floor import ModelSize, decode_floor, prefill_floor
 from rlhf.inference.arena import Mapped
+from rlhf.rules import check
 
 TINY = (
     "model@actor.model=tiny", "model@critic.model=tiny-opt", "model@reward.model=tiny-opt", "bench.prompt_tokens=8", "bench.new_tokens=6",

@@ -14,7 +14,8 @@ from sweeps_of_tests import HERE, composer, summary
 from rlhf.cli.job import run_job
 from rlhf.cli.pipeline import run_pipeline
 from rlhf.cli.sweep.words import Composer
-from rlhf.config import build, check
+from rlhf.config import build
+from rlhf.rules import check
 from rlhf.settings import SearchSweepConfig
 from rlhf.sweeping.search import Number
 

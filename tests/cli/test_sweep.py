@@ -13,7 +13,8 @@ from sweeps_of_tests import HERE, LOCAL, composer
 
 from rlhf.cli.main import main
 from rlhf.cli.sweep.words import plain, read_line
-from rlhf.config import UserError, build, check
+from rlhf.config import UserError, build
+from rlhf.rules import check
 from rlhf.settings import SearchSweepConfig
 
 # --- cells -----------------------------------------------------------------------------------------------------------------------

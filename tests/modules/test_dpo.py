@@ -24,10 +24,11 @@ from torch import Tensor
 
 from rlhf.cli.assemble import Job
 from rlhf.cli.train import dpo as train_dpo
-from rlhf.config import UserError, build, check
+from rlhf.config import UserError, build
 from rlhf.engines.strategy import StepResult
 from rlhf.models.factory import Blueprint
 from rlhf.modules.dpo import DPO
+from rlhf.rules import check
 from rlhf.types import PairBatch
 
 TESTS = Path(__file__).parents[1]

@@ -14,8 +14,9 @@ from jobs import composed
 from torch import Tensor
 
 from rlhf.algorithms.advantages import leave_one_out
-from rlhf.config import UserError, build, check
+from rlhf.config import UserError, build
 from rlhf.modules.critic_free import estimated
+from rlhf.rules import check
 
 PATH = "test_own_estimator.leave_out"
 PPO = ("ppo=rloo", "run_dir=unused")

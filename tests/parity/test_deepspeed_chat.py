@@ -25,9 +25,10 @@ from rlhf.algorithms.advantages import shape_rewards
 from rlhf.algorithms.kl import kl_estimate
 from rlhf.algorithms.logprobs import token_logprobs
 from rlhf.algorithms.losses import end_scores
-from rlhf.config import build, check
+from rlhf.config import build
 from rlhf.modules.ppo import PPO
 from rlhf.modules.reward import RewardModel
+from rlhf.rules import check
 from rlhf.types import PairBatch, Rollout
 
 RECORDED = json.loads((Path(__file__).parent / "deepspeed_chat.json").read_text())

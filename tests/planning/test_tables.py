@@ -23,10 +23,11 @@ import paper_tables
 from jobs import composed
 
 from rlhf.cli.compose import primary_config, with_own_group
-from rlhf.config import build, check
+from rlhf.config import build
 from rlhf.planning.paper import LARGEST_BATCH, SAMPLES
 from rlhf.reporting.page import BEGIN, END, as_markdown, into_readme
 from rlhf.reporting.tables import median_error, read_experiment
+from rlhf.rules import check
 
 TABLES = tuple(paper_tables.QUANTITIES)
 CHECKED = {"table1": 16, "table2": 4, "table3": 4, "breakdown": 2, "figure6": 9, "figure7": 4}

@@ -28,7 +28,7 @@ from rlhf.cli.bench.step_page import WHOLE, Expected, Lap, complete, expected, p
 from rlhf.cli.errors import Interrupted
 from rlhf.cli.plan import require_fit
 from rlhf.cli.train import ppo
-from rlhf.config import UserError, check
+from rlhf.config import UserError
 from rlhf.data.split import Phase
 from rlhf.engines.baselines import Vocabulary, vocabulary
 from rlhf.engines.bench_rollout import Rates
@@ -40,6 +40,7 @@ from rlhf.inference.arena import mapped_memory
 from rlhf.logging import log
 from rlhf.modules.base import RoleModule
 from rlhf.planning.report import check_counts
+from rlhf.rules import check
 from rlhf.settings import RolloutConfig, StepBenchConfig
 
 

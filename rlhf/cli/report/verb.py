@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.cli.rundir import write_atomically
-from rlhf.config import UserError, build, check
+from rlhf.config import UserError, build
 from rlhf.reporting.tables import Experiment, Row, median_error, read_experiment
+from rlhf.rules import check
 from rlhf.settings import ReportConfig
 
 TEXTS = ("metric", "baseline", "out")

@@ -23,9 +23,10 @@ from rlhf.cli.plan import require_fit
 from rlhf.cli.sweep.page import say_end, say_start
 from rlhf.cli.sweep.report import tell_stopped
 from rlhf.cli.vocabulary import require_one_vocabulary
-from rlhf.config import UserError, build, check
+from rlhf.config import UserError, build
 from rlhf.engines.launcher import CORES
 from rlhf.logging import log
+from rlhf.rules import check
 from rlhf.sweeping.cells import INTERRUPTED, Cell, clear, fate, read_summary, write_summary
 from rlhf.sweeping.leases import VISIBLE
 from rlhf.sweeping.processes import Ended, LocalJob
