@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def print_pipeline(run_dir: Path, metrics: dict[str, float], seconds: dict[str, 
         console.print(table)
     samples = run_dir / "evaluate" / "samples.jsonl"
     if samples.is_file():
-        print_answers(console, [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()[:SAMPLES]], names)
+        with samples.open(encoding="utf-8", newline="\n") as lines:  # an answer may hold other ends of lines, such as U+2028
+            print_answers(console, [json.loads(line) for line in islice(lines, SAMPLES)], names)
     console.print(
         f"{seconds['total']:.0f} s in all; everything is in {run_dir}" + (f", the curves in {plot}" if plot else ""), soft_wrap=True
     )
