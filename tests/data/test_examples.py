@@ -19,6 +19,9 @@ def read(item: Any, path: Path | str, split: Any = "train", eval_fraction: float
     return examples(resolve(item, str(path)), split, chat=CHAT, eval_fraction=eval_fraction, seed=1)[0]
 
 
+PAIR = '{"prompt": "q", "chosen": "a"}\n'
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -33,14 +36,29 @@ def read(item: Any, path: Path | str, split: Any = "train", eval_fraction: float
         ("a.json", "3", r"a\.json: expected a list"),
         ("a.csv", 'prompt,chosen\n"two\nlines",a\nq,\n', r"a\.csv:4: the chosen is empty"),
         ("a.csv", "prompt,chosen\nq\n", r"a\.csv:2: the row has another number of cells"),
+        ("a.csv", "prompt,chosen,,,prompt\nq,a,,,z\n", r"a\.csv:1: the header has column 'prompt' twice"),
+        ("a.jsonl", PAIR + r'{"prompt": "a\ud800", "chosen": "a"}', r"a\.jsonl:2: a text holds '\\ud800', half a character"),
+        ("a.json", r'[{"prompt": "q", "chosen": "\ude00"}]', r"a\.json: row 1: a text holds '\\ude00', half a character"),
+        ("a.jsonl", PAIR + f'{{"prompt": {"9" * 5000}}}', r"a\.jsonl:2: a number has more than 4300 digits"),
+        ("a.json", f'[{{"prompt": {"9" * 5000}}}]', r"a\.json: a number has more than 4300 digits"),
+        ("a.jsonl", PAIR + '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", r"a\.jsonl:2: lists or objects are nested too deeply"),
+        ("a.json", '[{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}]", r"a\.json: lists or objects are nested too deeply"),
         ("a.parquet", "no parquet", r"a\.parquet: not a Parquet file"),
         ("a.txt", "q a", r"a\.txt' is no \.jsonl"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         read("pairs", tmp_path / name)
+
+
+def test_columns_without_a_name_may_stand_twice_and_whole_pairs_of_surrogates_are_characters(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,chosen,,\nq,a,,\n")
+    (tmp_path / "a.jsonl").write_text(r'{"prompt": "\ud83d\ude00", "chosen": "a"}')
+    assert read("pairs", tmp_path / "a.csv")[0]["chosen"] == " a"
+    assert read("pairs", tmp_path / "a.jsonl")[0]["prompt"] == " Human: \U0001f600 Assistant:"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
