@@ -116,8 +116,11 @@ def _fits(value: Any, kind: Any) -> bool:
         return value in arguments
     if origin is list:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict)
+    if origin is tuple:
+        kinds = arguments[:1] * len(value) if isinstance(value, tuple) and arguments[-1] is ... else arguments
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if origin in (dict, Mapping):
+        return isinstance(value, origin) and all(all(map(_fits, pair, arguments)) for pair in value.items())
     if kind is type(None):
         return value is None
     if kind in (int, float):
