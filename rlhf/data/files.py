@@ -138,7 +138,7 @@ def checked(place: str, row: Any) -> tuple[str, dict[str, Any]]:
     """Place and row.
 
     Raises:
-        UserError: the row is no object with columns, or a text in it cannot be written as UTF-8.
+        UserError: the row is no object with columns, or it holds what JSON in UTF-8 cannot.
     """
     if not isinstance(row, dict):
         raise UserError(f"{place}: expected an object with columns, got {type(row).__name__}")
@@ -149,4 +149,6 @@ def checked(place: str, row: Any) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{place}: a text holds {half}, half a character, which UTF-8 cannot write: mend or delete the row") from error
     except RecursionError as error:
         raise UserError(f"{place}: {_beyond(error)}: mend or delete the row") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{place}: the row cannot be written as JSON ({error}): return texts, numbers and lists") from error
     return place, row

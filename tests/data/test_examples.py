@@ -126,3 +126,55 @@ def test_shares_of_a_source_divide_its_rows(tmp_path: Path) -> None:
     assert not first & second and len(first | second) == 400 and 240 < len(first) < 320
     with pytest.raises(UserError, match=r"share must be \[from, to\]"):
         texts([0.7, 0.2])
+
+
+def raising(split: str) -> list[Any]:
+    raise RuntimeError("no luck")
+
+
+def no_rows(split: str) -> list[Any]:
+    return []
+
+
+def no_list(split: str) -> Any:
+    return (row for row in pair_rows(2))
+
+
+def no_mapping(split: str) -> list[Any]:
+    return ["q"]
+
+
+def no_json(split: str) -> list[Any]:
+    return [*pair_rows(1), {"prompt": {"a", "b"}, "chosen": "a"}]
+
+
+def no_text(split: str) -> list[Any]:
+    return [{"prompt": "\ud800", "chosen": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere.made", "generate=nowhere.made: cannot import 'nowhere.made'"),
+        ("test_examples.raising", "generate=test_examples.raising raised RuntimeError: no luck, for the split 'train'"),
+        ("os.sep", "generate=os.sep raised TypeError"),
+        ("test_examples.no_list", "returned a generator for the split 'train': it must return a list of rows"),
+        ("test_examples.no_mapping", "mine: row 1: expected an object with columns, got str"),
+        ("test_examples.no_json", "mine: row 2: the row cannot be written as JSON"),
+        ("test_examples.no_text", "mine: row 1: a text holds"),
+    ],
+)
+def test_a_function_that_makes_no_rows_is_named(path: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    source = resolve({"name": "mine", "generate": path}, None)
+    for read_it in (lambda: identity(source), lambda: examples(source, "train", chat=CHAT, eval_fraction=0.0, seed=1)):
+        with pytest.raises(UserError, match=message):
+            read_it()
+
+
+def test_a_split_without_made_up_rows_is_refused_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    source = resolve({"name": "mine", "generate": "test_examples.no_rows"}, None)
+    assert identity(source)
+    with pytest.raises(UserError, match=r"generate=test_examples\.no_rows returned no row for the split 'eval'"):
+        examples(source, "eval", chat=CHAT, eval_fraction=0.0, seed=1)
