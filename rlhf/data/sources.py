@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
@@ -264,21 +264,45 @@ def resolve(item: str | Mapping[str, Any] | SimpleNamespace, path: str | None, *
     Raises:
         UserError: unknown name or field, a field of the wrong kind, or no file for a generic kind.
     """
-    item = _plain(item)
-    if isinstance(item, str):
-        if item not in SOURCES:
-            raise UserError(f"{key}: no source is called {item!r}{nearest(item, SOURCES)}; known: {', '.join(SOURCES)}")
-        source = SOURCES[item]
-    elif isinstance(item, Mapping):
-        source = _from_mapping(item)
-    else:
-        raise UserError(f"{key}: an entry is a name or a mapping with the fields of a source, got {item!r}")
-    if source.path is None and source.generate is None:
+    source = _entry(item, key)
+    if _reads_data_path(source):
         if path is None:
             raise UserError(f"data.path is missing: source {source.name!r} reads a local file, so set data.path=FILE.jsonl")
         source = dataclasses.replace(source, path=path)
     _check_files(source)
     return source
+
+
+def check_path(path: str | None, lists: Mapping[str, Iterable[Any]]) -> None:
+    """
+    Args:
+        path: `data.path`.
+        lists: key -> entries, of every list of sources.
+
+    Raises:
+        UserError: there is a path that no source reads, or an entry is no source.
+    """
+    if path is not None and not any(_reads_data_path(_entry(item, key)) for key, items in lists.items() for item in items):
+        raise UserError(
+            f"data.path={path}, but no source of {' or '.join(lists)} reads it: add data=pairs (or data=ranked, labelled, text), or leave "
+            "data.path out"
+        )
+
+
+def _reads_data_path(source: Source) -> bool:
+    return source.path is None and source.generate is None
+
+
+def _entry(item: str | Mapping[str, Any] | SimpleNamespace, key: str) -> Source:
+    """As `resolve`, but for the file that `data.path` names."""
+    item = _plain(item)
+    if isinstance(item, str):
+        if item not in SOURCES:
+            raise UserError(f"{key}: no source is called {item!r}{nearest(item, SOURCES)}; known: {', '.join(SOURCES)}")
+        return SOURCES[item]
+    if isinstance(item, Mapping):
+        return _from_mapping(item)
+    raise UserError(f"{key}: an entry is a name or a mapping with the fields of a source, got {item!r}")
 
 
 def _plain(item: Any) -> Any:
@@ -294,6 +318,10 @@ def _check_files(source: Source) -> None:
     flat = [p for p in (*source.files, *source.eval_files) if Path(p).suffix == ".csv"]
     if source.answers is not None and flat:
         raise UserError(f"source {source.name!r}: a cell of {flat[0]!r} holds no list of answers: write .jsonl, .json or .parquet")
+    if source.generate is not None and source.path is not None and not source.files:
+        raise UserError(
+            f"source {source.name!r}: generate makes its rows, so that path {source.path!r} would say nothing: set generate: null"
+        )
     if source.files and source.eval is not None:
         raise UserError(f"source {source.name!r}: eval names a split of the hub; for a local file give the evaluation rows by eval_path")
     if source.eval_path and not (source.files and source.eval_files):

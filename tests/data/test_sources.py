@@ -123,6 +123,7 @@ MINE = {"name": "mine", "path": "a.jsonl"}
         (MINE | {"path": ["hub/id"]}, "path 'hub/id' is no .jsonl"),
         (MINE | {"prompt": None, "transcript": ""}, "transcript is empty"),
         (MINE | {"prompt": None}, "without prompt there must be a transcript"),
+        ({"name": "quickstart", "path": "hub/id"}, "generate makes its rows, so that path 'hub/id' would say nothing"),
         ("pairs", "data.path is missing"),
         (3, "a name or a mapping"),
     ],
