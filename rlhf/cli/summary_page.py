@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.cli.evaluate.page import ROWS, comparison_table, print_answers
+from rlhf.cli.rundir import read_summary
 from rlhf.reporting.steps import Change, changes, step_metrics
 
 __all__ = ["ROWS", "plot_pipeline", "print_pipeline", "read_columns", "smoothed"]
@@ -88,8 +89,7 @@ def plot_pipeline(run_dir: Path, names: list[str]) -> Path | None:
         panels += [(title, *columns[name]) for name, title in curves if columns[name][0]]
     if not panels:
         return None
-    summary = run_dir / "evaluate" / "summary.json"
-    metrics: dict[str, Any] = json.loads(summary.read_text())["metrics"] if summary.is_file() else {}
+    metrics: dict[str, float] = (read_summary(run_dir / "evaluate") or {"metrics": {}})["metrics"]
     bars = [(name, metrics[key]) for name in names for key in (f"gold/{name}", f"reward/{name}")[:1] if key in metrics]
     with matplotlib.rc_context({"text.parse_math": False}):  # names of policies are the user's, and may hold dollars
         figure = _drawn(panels, bars)
