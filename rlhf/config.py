@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import sys
 import typing
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace, UnionType
@@ -106,7 +107,7 @@ def _build_target(node: Mapping[str, Any], key: str) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value from YAML can stand for an annotation; an int is a float, a bool is no number."""
+    """Whether a value from YAML can stand for an annotation; an int is a float; a bool, NaN or infinity is no number."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return True
@@ -121,10 +122,9 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
     if origin in (dict, Mapping):
         return isinstance(value, origin) and all(all(map(_fits, pair, arguments)) for pair in value.items())
-    if kind is type(None):
-        return value is None
     if kind in (int, float):
-        return isinstance(value, kind if kind is int else int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, kind if kind is int else int | float) and not isinstance(value, bool)
+        return is_number and abs(value) <= sys.float_info.max
     return isinstance(value, kind)
 
 
