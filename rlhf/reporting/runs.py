@@ -116,7 +116,8 @@ def _below(folder: Path, sweeps: dict[Path, Sweep]) -> Iterator[Run]:
     else:
         inside = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
         for child in sorted(inside, key=lambda path: by_number(path.name)):
-            yield from _below(child, sweeps)
+            if not (child.is_symlink() and folder.resolve().is_relative_to(child.resolve())):  # a link back would have no end
+                yield from _below(child, sweeps)
 
 
 def shown(path: Path) -> str:

@@ -63,6 +63,14 @@ def test_another_programs_config_is_no_run(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a/b"]
 
 
+def test_a_link_is_followed_and_one_that_leads_back_is_not(tmp_path: Path) -> None:
+    run(tmp_path / "elsewhere" / "b")
+    run(tmp_path / "here" / "a")
+    (tmp_path / "here" / "back").symlink_to(tmp_path / "here")
+    (tmp_path / "here" / "c").symlink_to(tmp_path / "elsewhere")
+    assert names(tmp_path / "here") == ["a", "c/b"]
+
+
 def test_cells_of_a_sweep_are_there_before_they_begin(tmp_path: Path) -> None:
     folder = sweep(tmp_path / "s", [{"ppo.kl_coef": 0.02, "seed": 0}, {"+ppo.x": 1, "seed": 1}])
     run(folder / "0")
