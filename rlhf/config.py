@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import sys
 import typing
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace, UnionType
@@ -92,7 +93,7 @@ def _build_target(node: Mapping[str, Any], key: str) -> Any:
         value, kind = node[name], hints[name]
         plain = typing.get_origin(kind) is dict
         values[name] = dict(value) if plain and isinstance(value, Mapping) else build(value, where)
-        if not _fits(values[name], kind):
+        if not fits(values[name], kind):
             raise UserError(f"{where}: expected {_kind_name(kind)}, got {value!r}")
         if kind is float and values[name] is not None:
             values[name] = float(values[name])  # type: ignore[arg-type]
@@ -104,23 +105,25 @@ def _build_target(node: Mapping[str, Any], key: str) -> Any:
         raise UserError(_join(key, str(error))) from error
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value from YAML can stand for an annotation; an int is a float, a bool is no number."""
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value from YAML can stand for an annotation; an int is a float; a bool, NaN or infinity is no number."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return True
     if origin in (typing.Union, UnionType):
-        return any(_fits(value, option) for option in arguments)
+        return any(fits(value, option) for option in arguments)
     if origin is typing.Literal:
         return value in arguments
     if origin is list:
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if kind is type(None):
-        return value is None
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    if origin is tuple:
+        kinds = arguments[:1] * len(value) if isinstance(value, tuple) and arguments[-1] is ... else arguments
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(fits, value, kinds))
+    if origin in (dict, Mapping):
+        return isinstance(value, origin) and all(all(map(fits, pair, arguments)) for pair in value.items())
     if kind in (int, float):
-        return isinstance(value, kind if kind is int else int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, kind if kind is int else int | float) and not isinstance(value, bool)
+        return is_number and abs(value) <= sys.float_info.max
     return isinstance(value, kind)
 
 

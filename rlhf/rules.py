@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.config import ENTRY, LARGEST_SEED, TARGET, TOP_LEVEL, UserError, _fits, locate, nearest
+from rlhf.config import ENTRY, LARGEST_SEED, TARGET, TOP_LEVEL, UserError, fits, locate, nearest
 
 
 def world_size(cfg: Any) -> int:
@@ -58,7 +58,7 @@ def _check_names(cfg: Any) -> None:
 
 def _check_top(cfg: Any) -> None:
     """What no group describes: the plain keys, and entries that Hydra instantiates."""
-    if not _fits(cfg.seed, int) or not 0 <= cfg.seed <= LARGEST_SEED:
+    if not fits(cfg.seed, int) or not 0 <= cfg.seed <= LARGEST_SEED:
         raise UserError(f"seed must be a whole number in [0, {LARGEST_SEED}], got {cfg.seed!r}")
     if not isinstance(cfg.resume, bool):
         raise UserError(f"resume must be true or false, got {cfg.resume!r}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rlhf.cli.compose import _is_fragment, conf_dir
 from rlhf.cli.verbs import VERBS
 from rlhf.config import UserError, build
 from rlhf.rules import check
+from rlhf.settings.ranges import require_in
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -259,3 +261,10 @@ def test_every_key_is_read_by_somebody() -> None:
     classes = [cls for cls in (getattr(settings, name) for name in settings.__all__) if dataclasses.is_dataclass(cls)]
     unread = {f"{cls.__name__}.{f.name}" for cls in classes for f in dataclasses.fields(cls) if f.name not in words}
     assert unread == set(), "a key that nothing reads is an option silently ignored"
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_no_range_holds_what_is_no_number(value: float) -> None:
+    for low in (0, -math.inf):
+        with pytest.raises(ValueError, match="lr must be finite, got"):
+            require_in("lr", value, low)

@@ -5,7 +5,6 @@ Knows files; knows no training.
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from rlhf.config import UserError
+from rlhf.sweeping import cells
 
 FREE = ("resume", "run_dir", "logger", "callbacks", "hardware", "launcher", "evaluation", "plan", "experiment")
 """Top-level keys that a resumed run may change."""
@@ -101,15 +101,12 @@ def write_summary(config: Mapping[str, Any], status: str, **fields: Any) -> dict
         "verb": config["verb"], "status": status, "seed": config["seed"], "commit": commit(), "hardware": hardware(), "config": dict(config),
         "metrics": {}, "seconds": {}, **fields,
     }  # fmt: skip
-    run_dir = Path(config["run_dir"])
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    cells.write_summary(Path(config["run_dir"]), summary)
     return summary
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    file = run_dir / "summary.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    return cells.read_summary(run_dir)
 
 
 def write_atomically(file: Path, text: str) -> None:

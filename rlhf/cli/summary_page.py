@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.cli.evaluate.page import ROWS, comparison_table, print_answers
+from rlhf.cli.rundir import read_summary
 from rlhf.reporting.steps import Change, changes, step_metrics
 
 __all__ = ["ROWS", "plot_pipeline", "print_pipeline", "read_columns", "smoothed"]
@@ -35,12 +37,14 @@ def print_pipeline(run_dir: Path, metrics: dict[str, float], seconds: dict[str, 
         console.print(table)
     samples = run_dir / "evaluate" / "samples.jsonl"
     if samples.is_file():
-        print_answers(console, [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()[:SAMPLES]], names)
+        with samples.open(encoding="utf-8", newline="\n") as lines:  # an answer may hold other ends of lines, such as U+2028
+            print_answers(console, [json.loads(line) for line in islice(lines, SAMPLES)], names)
     console.print(
-        f"{seconds['total']:.0f} s in all; everything is in {run_dir}" + (f", the curves in {plot}" if plot else ""), soft_wrap=True
-    )
+        f"{seconds['total']:.0f} s in all; everything is in {run_dir}" + (f", the curves in {plot}" if plot else ""),
+        soft_wrap=True, markup=False,
+    )  # fmt: skip
     if (run_dir / "ppo" / "export").is_dir():
-        console.print(f"talk to it: rlhf chat checkpoint={run_dir / 'ppo'}", soft_wrap=True)
+        console.print(f"talk to it: rlhf chat checkpoint={run_dir / 'ppo'}", soft_wrap=True, markup=False)
 
 
 def steps_table(found: Sequence[Change]) -> Table:
@@ -85,9 +89,22 @@ def plot_pipeline(run_dir: Path, names: list[str]) -> Path | None:
         panels += [(title, *columns[name]) for name, title in curves if columns[name][0]]
     if not panels:
         return None
-    summary = run_dir / "evaluate" / "summary.json"
-    metrics: dict[str, Any] = json.loads(summary.read_text())["metrics"] if summary.is_file() else {}
+    metrics: dict[str, float] = (read_summary(run_dir / "evaluate") or {"metrics": {}})["metrics"]
     bars = [(name, metrics[key]) for name in names for key in (f"gold/{name}", f"reward/{name}")[:1] if key in metrics]
+    with matplotlib.rc_context({"text.parse_math": False}):  # names of policies are the user's, and may hold dollars
+        figure = _drawn(panels, bars)
+        file = run_dir / "curves.png"
+        part = run_dir / "curves.part.png"
+        figure.savefig(part, dpi=130)
+    plt.close(figure)
+    part.rename(file)
+    return file
+
+
+def _drawn(panels: Sequence[tuple[str, list[float], list[float]]], bars: Sequence[tuple[str, float]]) -> Any:
+    """The figure: a panel for each curve, the last for the bars."""
+    import matplotlib.pyplot as plt
+
     count = len(panels) + bool(bars)
     figure, axes = plt.subplots(-(-count // 3), min(3, count), figsize=(4.2 * min(3, count), 3.1 * -(-count // 3)), squeeze=False)
     flat = list(axes.flat)
@@ -106,9 +123,4 @@ def plot_pipeline(run_dir: Path, names: list[str]) -> Path | None:
     for axis in flat[count:]:
         axis.set_visible(False)
     figure.tight_layout()
-    file = run_dir / "curves.png"
-    part = run_dir / "curves.part.png"
-    figure.savefig(part, dpi=130)
-    plt.close(figure)
-    part.rename(file)
-    return file
+    return figure

@@ -22,7 +22,7 @@ from datasets import Dataset, Features, List, Value
 
 from rlhf.config import UserError, locate
 from rlhf.data.chat import format_answer, format_prompt
-from rlhf.data.files import hash_files, read_rows
+from rlhf.data.files import checked, hash_files, read_rows
 from rlhf.data.sources import Source
 from rlhf.data.split import hold_out
 from rlhf.settings import ChatFormat
@@ -72,7 +72,7 @@ def identity(source: Source) -> str:
     if source.files:
         fields |= {"path": hash_files(source.files), "eval_path": hash_files(source.eval_files)}
     elif source.generate is not None:
-        fields |= {split: _sha256(json.dumps(locate(source.generate)(split))) for split in ("train", "eval")}
+        fields |= {split: _sha256(json.dumps([row for _, row in _generated(source, split)])) for split in ("train", "eval")}
     else:
         fields |= {"fingerprints": [_load_hub(source, split)._fingerprint for split in (source.train, source.eval) if split]}
     return _sha256(json.dumps(fields, sort_keys=True, default=list))
@@ -106,8 +106,10 @@ def _convert_all(source: Source, split: Split, chat: ChatFormat) -> tuple[Datase
     if source.files:
         return _from_places(source, read_rows((source.eval_files or source.files) if split == "eval" else source.files), chat)
     if source.generate is not None:
-        rows = locate(source.generate)(split)
-        return _from_places(source, ((f"{source.name}: row {i}", row) for i, row in enumerate(rows, start=1)), chat)
+        made = _generated(source, split)
+        if not made:
+            raise UserError(f"source {source.name!r}: generate={source.generate} returned no row for the split {split!r}")
+        return _from_places(source, made, chat)
     hub = _load_hub(source, source.eval or source.train if split == "eval" else source.train)
     missing = source.columns - set(hub.column_names)
     if missing:
@@ -121,13 +123,31 @@ def _convert_all(source: Source, split: Split, chat: ChatFormat) -> tuple[Datase
     return rows.select(good).remove_columns("problem"), _without_unwanted(counts)
 
 
+def _generated(source: Source, split: str) -> list[tuple[str, dict[str, Any]]]:
+    """(place, row) of the rows that a source makes up for a split.
+
+    Raises:
+        UserError: its function cannot be called, or does not return rows that JSON can hold.
+    """
+    what = f"source {source.name!r}: generate={source.generate}"
+    try:
+        rows = locate(source.generate or "")(split)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+    except Exception as error:
+        raise UserError(f"{what} raised {type(error).__name__}: {error}, for the split {split!r}") from error
+    if not isinstance(rows, list | tuple):
+        raise UserError(f"{what} returned a {type(rows).__name__} for the split {split!r}: it must return a list of rows")
+    return [checked(f"{source.name}: row {i}", row) for i, row in enumerate(rows, start=1)]
+
+
 def _from_places(source: Source, places: Iterable[tuple[str, Mapping[str, Any]]], chat: ChatFormat) -> tuple[Dataset, dict[str, int]]:
     """Rows that the user can mend: the first that is no example is refused."""
     columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
     for place, row in places:
         missing = source.columns - set(row)
         if missing:
-            raise UserError(f"{place}: column {min(missing)!r} is missing (the row has: {', '.join(row)})")
+            raise UserError(f"{place}: column {min(missing)!r} is missing (the row has: {', '.join(map(str, row))})")
         try:
             example = convert(row, source=source, chat=chat)
         except RowProblem as problem:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,9 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}): write one object a line") from error
-            yield _checked(f"{path}:{number}", row)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: {_beyond(error)}: mend or delete the row") from error
+            yield checked(f"{path}:{number}", row)
 
 
 def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -85,12 +89,14 @@ def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _jsonl(path)
             return
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {_beyond(error)}: mend or delete its row") from error
     if isinstance(rows, dict):
         rows = rows.get("data", [rows])
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of objects, got {type(rows).__name__}")
     for number, row in enumerate(rows, start=1):
-        yield _checked(f"{path}: row {number}", row)
+        yield checked(f"{path}: row {number}", row)
 
 
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -99,6 +105,10 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         reader = csv.DictReader(stream)
         line = 2  # a cell may hold line breaks, so that the next row begins where the reader stands
         try:
+            names = [name for name in reader.fieldnames or [] if name]  # spreadsheets leave columns without a name behind the others
+            twice = [name for name, count in Counter(names).items() if count > 1]
+            if twice:
+                raise UserError(f"{path}:1: the header has column {twice[0]!r} twice: rename or delete one of the two")
             for row in reader:
                 if None in row or None in row.values():
                     raise UserError(f"{path}:{line}: the row has another number of cells than the header ({len(reader.fieldnames or [])})")
@@ -117,7 +127,28 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}: row {number}", row
 
 
-def _checked(place: str, row: Any) -> tuple[str, dict[str, Any]]:
+def _beyond(error: ValueError | RecursionError) -> str:
+    """What Python's reader of JSON does not take although it is JSON."""
+    if isinstance(error, RecursionError):
+        return "lists or objects are nested too deeply to be read"
+    return f"a number has more than {sys.get_int_max_str_digits()} digits, which cannot be read"
+
+
+def checked(place: str, row: Any) -> tuple[str, dict[str, Any]]:
+    """Place and row.
+
+    Raises:
+        UserError: the row is no object with columns, or it holds what JSON in UTF-8 cannot.
+    """
     if not isinstance(row, dict):
         raise UserError(f"{place}: expected an object with columns, got {type(row).__name__}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise UserError(f"{place}: a text holds {half}, half a character, which UTF-8 cannot write: mend or delete the row") from error
+    except RecursionError as error:
+        raise UserError(f"{place}: {_beyond(error)}: mend or delete the row") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{place}: the row cannot be written as JSON ({error}): return texts, numbers and lists") from error
     return place, row

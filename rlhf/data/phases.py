@@ -18,7 +18,7 @@ from rlhf.config import UserError
 from rlhf.data.cache import cache_folder, cached
 from rlhf.data.encode import SOURCE, Limits, chunk_texts, encode
 from rlhf.data.examples import FEATURES, RANKING, Split, content_hash, examples, identity
-from rlhf.data.sources import Source, resolve
+from rlhf.data.sources import Source, check_path, resolve
 from rlhf.data.split import PHASES, Phase, blend, divide, generator
 from rlhf.data.tokenizer import PreTrainedTokenizerBase
 from rlhf.settings import DataConfig
@@ -69,6 +69,7 @@ def ptx_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Data
     """
     if not data.ptx:
         raise UserError(NO_TEXT)
+    _check_path(data)
     sources = [resolve(item, data.path, key="data.ptx") for item in data.ptx]
     key = _key(data, tokenizer, "ptx", "train", [identity(source) for source in sources])
 
@@ -124,6 +125,7 @@ def sft_corpus(data: DataConfig) -> Iterator[str]:
 
 def _sources(data: DataConfig) -> list[tuple[Source, list[float]]]:
     """Every source of the blend with its shares for the three steps."""
+    _check_path(data)
     mixed = [(resolve(item, data.path), data.split) for item in data.sources]
     single = [(resolve(item, data.path, key="data.sft_only"), ALL_TO_SFT) for item in data.sft_only]
     names = Counter(source.name for source, _ in mixed + single)
@@ -131,6 +133,11 @@ def _sources(data: DataConfig) -> list[tuple[Source, list[float]]]:
     if twice:
         raise UserError(f"data.sources: {twice[0]!r} is named twice; give each source a name of its own")
     return mixed + single
+
+
+def _check_path(data: DataConfig) -> None:
+    """All lists at once: the steps of a pipeline share their settings, and its SFT reads no `data.ptx`."""
+    check_path(data.path, {"data.sources": data.sources, "data.sft_only": data.sft_only, "data.ptx": data.ptx})
 
 
 def _read(data: DataConfig, source: Source, split: Split) -> tuple[Dataset, dict[str, int], str]:

@@ -6,15 +6,19 @@ Knows no tokenizer and no model, and reads no data: `rlhf.data.examples` does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import re
+import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
-from rlhf.config import UserError, nearest
+from rlhf.config import UserError, fits, nearest
 
+Operator = Literal[">=", ">", "==", "!=", "<", "<="]
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PARQUET_COPY = "refs/convert/parquet"
 """Revision under which the hub keeps a Parquet copy of data sets that were published as a loading script (which `datasets` 4 and later
@@ -73,18 +77,26 @@ class Source:
     languages: tuple[str, ...] = ("en",)
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         for name in ("prompt", "chosen", "rejected", "text"):
             _check_template(self.name, name, getattr(self, name))
-        if self.prefer is not None and (len(self.prefer) != 3 or self.prefer[1] not in OPERATORS):
+        if self.prefer is not None and not fits(self.prefer, tuple[str, Operator, str | float]):
             raise UserError(
-                f"source {self.name!r}: prefer must be [column, operator, column or number] with one of {' '.join(OPERATORS)}, "
+                f"source {self.name!r}: prefer must be [column, operator, column or number] with one of {' '.join(typing.get_args(Operator))}, "
                 f"got {list(self.prefer)}"
             )
-        if self.share is not None and not (len(self.share) == 2 and 0 <= self.share[0] < self.share[1] <= 1):
+        if self.share is not None and not 0 <= self.share[0] < self.share[1] <= 1:
             raise UserError(f"source {self.name!r}: share must be [from, to] with 0 <= from < to <= 1, got {list(self.share)}")
+        for pattern in self.strip:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"source {self.name!r}: strip holds {pattern!r}, which is no regular expression ({error})") from error
         if self.label is not None and self.text is None:
             raise UserError(f"source {self.name!r}: label needs text, the template of the labelled text")
         _check_answers(self)
+        if self.prompt is None and self.transcript is None and self.text is None:
+            raise UserError(f"source {self.name!r}: without prompt there must be a transcript, the marker that ends a prompt, or a text")
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -113,7 +125,25 @@ class Source:
         return names
 
 
-OPERATORS = (">=", ">", "==", "!=", "<", "<=")
+def _check_kinds(source: Source) -> None:
+    """Each field has a value of its kind, and none is empty that names something."""
+    for name, kind in _kinds().items():
+        value = getattr(source, name)
+        if not fits(value, kind):
+            written = list(value) if isinstance(value, tuple) else value
+            raise UserError(f"source {source.name!r}: {name} must be {_in_yaml(Source.__annotations__[name])}, got {written!r}")
+        if value == "" or (name in ("path", "eval_path") and isinstance(value, tuple) and not (value and all(value))):
+            raise UserError(f"source {source.name!r}: {name} is empty: give it a value, or leave it out")
+
+
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    return typing.get_type_hints(Source)
+
+
+def _in_yaml(annotation: str) -> str:
+    """An annotation in the words of YAML: `str | list[str] | null`."""
+    return annotation.replace("tuple", "list").replace(", ...]", "]").replace("None", "null").replace("Mapping", "mapping")
 
 
 def template_columns(template: str) -> set[str]:
@@ -234,21 +264,45 @@ def resolve(item: str | Mapping[str, Any] | SimpleNamespace, path: str | None, *
     Raises:
         UserError: unknown name or field, a field of the wrong kind, or no file for a generic kind.
     """
-    item = _plain(item)
-    if isinstance(item, str):
-        if item not in SOURCES:
-            raise UserError(f"{key}: no source is called {item!r}{nearest(item, SOURCES)}; known: {', '.join(SOURCES)}")
-        source = SOURCES[item]
-    elif isinstance(item, Mapping):
-        source = _from_mapping(item)
-    else:
-        raise UserError(f"{key}: an entry is a name or a mapping with the fields of a source, got {item!r}")
-    if source.path is None and source.generate is None:
+    source = _entry(item, key)
+    if _reads_data_path(source):
         if path is None:
             raise UserError(f"data.path is missing: source {source.name!r} reads a local file, so set data.path=FILE.jsonl")
         source = dataclasses.replace(source, path=path)
     _check_files(source)
     return source
+
+
+def check_path(path: str | None, lists: Mapping[str, Iterable[Any]]) -> None:
+    """
+    Args:
+        path: `data.path`.
+        lists: key -> entries, of every list of sources.
+
+    Raises:
+        UserError: there is a path that no source reads, or an entry is no source.
+    """
+    if path is not None and not any(_reads_data_path(_entry(item, key)) for key, items in lists.items() for item in items):
+        raise UserError(
+            f"data.path={path}, but no source of {' or '.join(lists)} reads it: add data=pairs (or data=ranked, labelled, text), or leave "
+            "data.path out"
+        )
+
+
+def _reads_data_path(source: Source) -> bool:
+    return source.path is None and source.generate is None
+
+
+def _entry(item: str | Mapping[str, Any] | SimpleNamespace, key: str) -> Source:
+    """As `resolve`, but for the file that `data.path` names."""
+    item = _plain(item)
+    if isinstance(item, str):
+        if item not in SOURCES:
+            raise UserError(f"{key}: no source is called {item!r}{nearest(item, SOURCES)}; known: {', '.join(SOURCES)}")
+        return SOURCES[item]
+    if isinstance(item, Mapping):
+        return _from_mapping(item)
+    raise UserError(f"{key}: an entry is a name or a mapping with the fields of a source, got {item!r}")
 
 
 def _plain(item: Any) -> Any:
@@ -259,11 +313,15 @@ def _plain(item: Any) -> Any:
 def _check_files(source: Source) -> None:
     paths = (source.path,) if isinstance(source.path, str) else source.path or ()
     odd = [p for p in paths if Path(p).suffix not in FILE_SUFFIXES]
-    if (source.files and odd) or len(odd) > 1 or any(Path(p).is_file() for p in odd):
+    if odd and (isinstance(source.path, tuple) or Path(odd[0]).is_file()):  # a list is of files; one text may be a folder or an id
         raise UserError(f"source {source.name!r}: path {odd[0]!r} is no {', '.join(FILE_SUFFIXES)} file")
     flat = [p for p in (*source.files, *source.eval_files) if Path(p).suffix == ".csv"]
     if source.answers is not None and flat:
         raise UserError(f"source {source.name!r}: a cell of {flat[0]!r} holds no list of answers: write .jsonl, .json or .parquet")
+    if source.generate is not None and source.path is not None and not source.files:
+        raise UserError(
+            f"source {source.name!r}: generate makes its rows, so that path {source.path!r} would say nothing: set generate: null"
+        )
     if source.files and source.eval is not None:
         raise UserError(f"source {source.name!r}: eval names a split of the hub; for a local file give the evaluation rows by eval_path")
     if source.eval_path and not (source.files and source.eval_files):
@@ -277,9 +335,6 @@ def _from_mapping(item: Mapping[str, Any]) -> Source:
             raise UserError(f"data.sources: a source has no field {key!r}{nearest(key, fields)}; fields: {', '.join(sorted(fields))}")
     if not isinstance(item.get("name"), str):
         raise UserError(f"data.sources: a source written out needs a name, got {dict(item)}")
-    for key in ("where", "replace"):
-        if key in item and not isinstance(item[key], Mapping):
-            raise UserError(f"data.sources: field {key} of source {item['name']!r} must be a mapping, got {item[key]!r}")
     values = {key: _frozen(key, value) for key, value in item.items()}
     base = SOURCES.get(item["name"])
     return dataclasses.replace(base, **values) if base else Source(**values)

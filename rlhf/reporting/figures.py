@@ -32,6 +32,7 @@ CHARACTER = 0.07
 """Inches of a letter in it, about."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "rlhf", "font.size": 9, "text.color": INK, "legend.frameon": False,
+    "text.parse_math": False,  # names are the user's, and may hold dollars
     "axes.edgecolor": MUTED, "axes.linewidth": 0.7, "axes.labelcolor": MUTED, "axes.labelsize": 8.5,
     "axes.titlesize": 9.5, "axes.titlecolor": INK, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.6,
@@ -193,7 +194,11 @@ def effects_of(study: Study) -> list[Result]:
 
 
 def as_svg(draw: Callable[[Any], None], label: str) -> str:
-    """One panel as SVG for the page: its colours are the page's variables, its text is text, and it is as wide as its place."""
+    """One panel as SVG for the page: its colours are the page's variables, its text is text, and it is as wide as its place.
+
+    Args:
+        label: as HTML.
+    """
     text = io.StringIO()
     with _style():
         figure = _figure(PANEL, left=0.55, bottom=0.42, right=0.08, top=0.12)
@@ -201,7 +206,7 @@ def as_svg(draw: Callable[[Any], None], label: str) -> str:
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True)
     svg = text.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{label}" \1>', svg, count=1)
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', lambda head: f'<svg role="img" aria-label="{label}" {head.group(1)}>', svg, count=1)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg).replace("xlink:href", "href")
     svg = re.sub(r"\s*\n\s*", "\n", svg)
     return re.sub("|".join(THEME), lambda found: THEME[found.group()], svg)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -115,7 +116,8 @@ def _below(folder: Path, sweeps: dict[Path, Sweep]) -> Iterator[Run]:
     else:
         inside = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
         for child in sorted(inside, key=lambda path: by_number(path.name)):
-            yield from _below(child, sweeps)
+            if not (child.is_symlink() and folder.resolve().is_relative_to(child.resolve())):  # a link back would have no end
+                yield from _below(child, sweeps)
 
 
 def shown(path: Path) -> str:
@@ -142,6 +144,8 @@ def read_run(folder: Path, overrides: Mapping[str, Any] | None = None, sweep: Pa
         return _from_summary(json.loads(file.read_text(encoding="utf-8")), known)
     except json.JSONDecodeError as error:
         what = f"{file}:{error.lineno}: not JSON: {error.msg}"
+    except RecursionError:
+        what = f"{file}: nested too deeply to be read"
     except (UnicodeDecodeError, OSError, ValueError) as error:
         what = f"{file}: {error}"
     return Run(status=UNREADABLE, reason=what, seed=_seed(known), **known)
@@ -160,6 +164,7 @@ def _from_summary(summary: Any, known: dict[str, Any]) -> Run:
         if not isinstance(summary.get(key, kind()), kind):
             raise ValueError(f"{key} must be a {'mapping' if kind is dict else 'text'}, got {summary[key]!r}")
     config = summary.get("config", {})
+    _require_shapes(config, summary.get("hardware", {}))
     seed = summary.get("seed", config.get("seed", _seed(known)))
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed must be a whole number, got {seed!r}")
@@ -172,6 +177,27 @@ def _from_summary(summary: Any, known: dict[str, Any]) -> Run:
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)}, cell=None if summary.get("cell") is None else str(summary["cell"]),
         not_finite=tuple(name for name, value in metrics.items() if not math.isfinite(value)), **known,
     )  # fmt: skip
+
+
+def _require_shapes(config: Mapping[str, Any], hardware: Mapping[str, Any]) -> None:
+    """What is read of the configuration and of the hardware is what it should be.
+
+    Raises:
+        ValueError: the key, and what it should be.
+    """
+    for key in ("trainer", "evaluation", "ref"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ValueError(f"config.{key} must be a mapping, got {config[key]!r}")
+    for key in ("devices", "num_nodes"):
+        value = (config.get("trainer") or {}).get(key)
+        if isinstance(value, bool) or not isinstance(value, int | None):
+            raise ValueError(f"config.trainer.{key} must be a whole number, got {value!r}")
+    for where, names in (
+        ("hardware.gpus", hardware.get("gpus")),
+        ("config.evaluation.names", (config.get("evaluation") or {}).get("names")),
+    ):
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"{where} must be a list of names, got {names!r}")
 
 
 def _unfinished(folder: Path, known: dict[str, Any]) -> Run:
@@ -204,6 +230,8 @@ def _numbers(key: str, values: Mapping[str, Any], prefix: str = "") -> dict[str,
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise ValueError(f"{key}: {name} must be a number, got {value!r}")
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            raise ValueError(f"{key}: {name} is too large a number, of {len(str(value))} digits")
         found[prefix + name] = math.nan if value is None else float(value)
     return found
 
@@ -220,13 +248,13 @@ def _times(summary: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, f
 
 def _devices(config: Mapping[str, Any]) -> int:
     trainer = config.get("trainer") or {}
-    return int(trainer.get("devices") or 1) * int(trainer.get("num_nodes") or 1)
+    return (trainer.get("devices") or 1) * (trainer.get("num_nodes") or 1)
 
 
 def _hardware(hardware: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if gpus := hardware.get("gpus"):
         kinds = Counter(gpus)
-        nodes = int((config.get("trainer") or {}).get("num_nodes") or 1)
+        nodes = (config.get("trainer") or {}).get("num_nodes") or 1
         return ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) + (f" on each of {nodes} nodes" if nodes > 1 else "")
     threads = hardware.get("threads")
     counted = [] if threads is None else ["1 thread" if threads == 1 else f"{threads} threads"]

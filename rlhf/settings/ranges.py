@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 
 def require(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
 
 
-def require_in(name: str, value: float, low: float, high: float = float("inf")) -> None:
+def require_in(name: str, value: float, low: float, high: float = math.inf) -> None:
+    require(-math.inf < value < math.inf, f"{name} must be finite, got {value}")
     require(low <= value <= high, f"{name} must lie in [{low}, {high}], got {value}")
 
 

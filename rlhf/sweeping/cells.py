@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,15 +107,29 @@ def held(directory: Path) -> Iterator[None]:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
+    """summary.json of a run. A metric that is null was no number, and is NaN again."""
     file = folder / "summary.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    return summary | {"metrics": {name: math.nan if value is None else value for name, value in summary.get("metrics", {}).items()}}
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """A number that is none becomes null, as JSON has no NaN and no infinity."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / "summary.json.part"
-    part.write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
+    part.write_text(json.dumps(_with_null(summary), indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
     part.rename(folder / "summary.json")
+
+
+def _with_null(value: Any) -> Any:
+    """null for each NaN and each infinity."""
+    if isinstance(value, Mapping):
+        return {name: _with_null(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_null(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 Fate = Literal["keep", "go on", "anew"]

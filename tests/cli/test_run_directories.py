@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import yaml
 from refusals import SFT, Refused, begun, contents, says
 
-from rlhf.cli.rundir import read_summary
+from rlhf.cli.rundir import read_summary, write_summary
 
 
 @pytest.mark.parametrize("status", ["done", "failed", None], ids=["done", "failed", "killed"])
@@ -27,6 +28,15 @@ def test_a_refused_first_start_may_be_tried_again(refused: Refused, there: tuple
     assert summary is not None
     assert summary["status"] == "refused"
     assert "piars" in summary["error"]
+
+
+def test_a_metric_that_is_no_number_is_null_in_the_summary(tmp_path: Path) -> None:
+    written = write_summary({"verb": "sft", "seed": 0, "run_dir": str(tmp_path / "run")}, "done", metrics={"sft/loss": math.nan, "kl": 1.0})
+    assert math.isnan(written["metrics"]["sft/loss"])
+    text = (tmp_path / "run" / "summary.json").read_text()
+    assert "NaN" not in text and '"sft/loss": null' in text and '"kl": 1.0' in text
+    summary = read_summary(tmp_path / "run")
+    assert summary is not None and math.isnan(summary["metrics"]["sft/loss"])
 
 
 def test_resume_where_there_is_no_run(refused: Refused, there: tuple[str, str], tmp_path: Path) -> None:

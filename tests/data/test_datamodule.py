@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.config import UserError
 from rlhf.data import phases
 from rlhf.data.datamodule import RLHFData
-from rlhf.data.phases import phase_rows, sft_corpus
+from rlhf.data.phases import phase_rows, ptx_rows, sft_corpus
 from rlhf.data.tokenizer import load_tokenizer
 from rlhf.settings import DataConfig
 from rlhf.types import PairBatch, PromptBatch, TextBatch
@@ -193,3 +193,19 @@ def test_mistakes_are_named(settings: Settings, tokenizer: PreTrainedTokenizerBa
         build(settings(), tokenizer, "reward", batch_size=100).train_dataloader()
     with pytest.raises(UserError, match="named twice"):
         build(settings(sources=["pairs", "pairs"]), tokenizer, "sft")
+
+
+UNREAD = r"data\.path=.*pairs\.jsonl, but no source of data\.sources or data\.sft_only or data\.ptx reads it: add data=pairs"
+
+
+@pytest.mark.usefixtures("pairs")
+@pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
+def test_a_path_that_no_source_reads_is_refused(phase: Any, settings: Settings, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    own = {"name": "own", "path": write_jsonl(tmp_path / "own.jsonl", pair_rows(60)), "rejected": "{rejected}"}
+    with pytest.raises(UserError, match=UNREAD):
+        build(settings(sources=[own]), tokenizer, phase)
+    with pytest.raises(UserError, match=UNREAD):
+        ptx_rows(settings(sources=[own], ptx=[{"name": "text", "path": "t.jsonl"}]), tokenizer)
+    assert build(settings(sources=[own], path=None), tokenizer, phase).report["rows"] > 0
+    assert build(settings(sources=[own], sft_only=["pairs"]), tokenizer, phase).report["rows"] > 0
+    assert build(settings(sources=[own], ptx=["text"]), tokenizer, phase).report["rows"] > 0, "PPO will read it"

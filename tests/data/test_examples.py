@@ -19,6 +19,9 @@ def read(item: Any, path: Path | str, split: Any = "train", eval_fraction: float
     return examples(resolve(item, str(path)), split, chat=CHAT, eval_fraction=eval_fraction, seed=1)[0]
 
 
+PAIR = '{"prompt": "q", "chosen": "a"}\n'
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -33,14 +36,29 @@ def read(item: Any, path: Path | str, split: Any = "train", eval_fraction: float
         ("a.json", "3", r"a\.json: expected a list"),
         ("a.csv", 'prompt,chosen\n"two\nlines",a\nq,\n', r"a\.csv:4: the chosen is empty"),
         ("a.csv", "prompt,chosen\nq\n", r"a\.csv:2: the row has another number of cells"),
+        ("a.csv", "prompt,chosen,,,prompt\nq,a,,,z\n", r"a\.csv:1: the header has column 'prompt' twice"),
+        ("a.jsonl", PAIR + r'{"prompt": "a\ud800", "chosen": "a"}', r"a\.jsonl:2: a text holds '\\ud800', half a character"),
+        ("a.json", r'[{"prompt": "q", "chosen": "\ude00"}]', r"a\.json: row 1: a text holds '\\ude00', half a character"),
+        ("a.jsonl", PAIR + f'{{"prompt": {"9" * 5000}}}', r"a\.jsonl:2: a number has more than 4300 digits"),
+        ("a.json", f'[{{"prompt": {"9" * 5000}}}]', r"a\.json: a number has more than 4300 digits"),
+        ("a.jsonl", PAIR + '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", r"a\.jsonl:2: lists or objects are nested too deeply"),
+        ("a.json", '[{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}]", r"a\.json: lists or objects are nested too deeply"),
         ("a.parquet", "no parquet", r"a\.parquet: not a Parquet file"),
         ("a.txt", "q a", r"a\.txt' is no \.jsonl"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         read("pairs", tmp_path / name)
+
+
+def test_columns_without_a_name_may_stand_twice_and_whole_pairs_of_surrogates_are_characters(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,chosen,,\nq,a,,\n")
+    (tmp_path / "a.jsonl").write_text(r'{"prompt": "\ud83d\ude00", "chosen": "a"}')
+    assert read("pairs", tmp_path / "a.csv")[0]["chosen"] == " a"
+    assert read("pairs", tmp_path / "a.jsonl")[0]["prompt"] == " Human: \U0001f600 Assistant:"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -108,3 +126,55 @@ def test_shares_of_a_source_divide_its_rows(tmp_path: Path) -> None:
     assert not first & second and len(first | second) == 400 and 240 < len(first) < 320
     with pytest.raises(UserError, match=r"share must be \[from, to\]"):
         texts([0.7, 0.2])
+
+
+def raising(split: str) -> list[Any]:
+    raise RuntimeError("no luck")
+
+
+def no_rows(split: str) -> list[Any]:
+    return []
+
+
+def no_list(split: str) -> Any:
+    return (row for row in pair_rows(2))
+
+
+def no_mapping(split: str) -> list[Any]:
+    return ["q"]
+
+
+def no_json(split: str) -> list[Any]:
+    return [*pair_rows(1), {"prompt": {"a", "b"}, "chosen": "a"}]
+
+
+def no_text(split: str) -> list[Any]:
+    return [{"prompt": "\ud800", "chosen": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere.made", "generate=nowhere.made: cannot import 'nowhere.made'"),
+        ("test_examples.raising", "generate=test_examples.raising raised RuntimeError: no luck, for the split 'train'"),
+        ("os.sep", "generate=os.sep raised TypeError"),
+        ("test_examples.no_list", "returned a generator for the split 'train': it must return a list of rows"),
+        ("test_examples.no_mapping", "mine: row 1: expected an object with columns, got str"),
+        ("test_examples.no_json", "mine: row 2: the row cannot be written as JSON"),
+        ("test_examples.no_text", "mine: row 1: a text holds"),
+    ],
+)
+def test_a_function_that_makes_no_rows_is_named(path: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    source = resolve({"name": "mine", "generate": path}, None)
+    for read_it in (lambda: identity(source), lambda: examples(source, "train", chat=CHAT, eval_fraction=0.0, seed=1)):
+        with pytest.raises(UserError, match=message):
+            read_it()
+
+
+def test_a_split_without_made_up_rows_is_refused_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    source = resolve({"name": "mine", "generate": "test_examples.no_rows"}, None)
+    assert identity(source)
+    with pytest.raises(UserError, match=r"generate=test_examples\.no_rows returned no row for the split 'eval'"):
+        examples(source, "eval", chat=CHAT, eval_fraction=0.0, seed=1)

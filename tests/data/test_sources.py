@@ -92,6 +92,9 @@ def test_a_written_out_source_changes_a_row_of_the_table_or_is_new() -> None:
     assert mine.columns == {"question", "good", "bad"}
 
 
+MINE = {"name": "mine", "path": "a.jsonl"}
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [
@@ -102,6 +105,25 @@ def test_a_written_out_source_changes_a_row_of_the_table_or_is_new() -> None:
         ({"name": "mine", "path": "a.jsonl", "prompt": "{}"}, "must name its columns"),
         ({"name": "mine", "path": "a.jsonl", "prefer": ["a", "=>", "b"]}, "prefer must be"),
         ({"name": "mine", "path": "a.jsonl", "eval": "test"}, "eval_path"),
+        (MINE | {"prefer": [1, ">=", "b"]}, "prefer must be"),
+        (MINE | {"prefer": ["a", ">=", ["b"]]}, "prefer must be"),
+        (MINE | {"formatted": "no"}, "source 'mine': formatted must be bool, got 'no'"),
+        (MINE | {"prompt": 5}, r"prompt must be str \| null, got 5"),
+        (MINE | {"prompt_tokens": "8"}, r"prompt_tokens must be int \| null, got '8'"),
+        (MINE | {"where": {1: 2}}, r"where must be mapping\[str, Any\], got {1: 2}"),
+        (MINE | {"replace": {"a": 5}}, r"replace must be mapping\[str, str\], got"),
+        (MINE | {"replace": "a"}, r"replace must be mapping\[str, str\], got 'a'"),
+        (MINE | {"share": [0, "a"]}, r"share must be list\[float, float\] \| null, got \[0, 'a'\]"),
+        (MINE | {"share": [0.5]}, r"share must be list\[float, float\] \| null, got \[0.5\]"),
+        (MINE | {"strip": [5]}, r"strip must be list\[str\], got \[5\]"),
+        (MINE | {"strip": "("}, r"strip holds '\(', which is no regular expression"),
+        (MINE | {"path": 5}, r"path must be str \| list\[str\] \| null, got 5"),
+        (MINE | {"path": []}, "path is empty"),
+        (MINE | {"path": ["a.jsonl", ""]}, "path is empty"),
+        (MINE | {"path": ["hub/id"]}, "path 'hub/id' is no .jsonl"),
+        (MINE | {"prompt": None, "transcript": ""}, "transcript is empty"),
+        (MINE | {"prompt": None}, "without prompt there must be a transcript"),
+        ({"name": "quickstart", "path": "hub/id"}, "generate makes its rows, so that path 'hub/id' would say nothing"),
         ("pairs", "data.path is missing"),
         (3, "a name or a mapping"),
     ],

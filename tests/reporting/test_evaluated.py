@@ -14,6 +14,7 @@ from pipelines import ANSWERS, EVALUATE, SFT, pipeline
 
 from rlhf.cli.evaluate.page import comparison_table
 from rlhf.cli.report.evaluation import calibration_bins, policies, read_evaluated
+from rlhf.cli.summary_page import print_pipeline
 from rlhf.modules.measures import JudgedPrompt, calibration, pair_metrics, wilson
 from rlhf.reporting.files import write_report
 from rlhf.reporting.runs import read_run
@@ -89,6 +90,18 @@ def test_a_malformed_file_of_answers_costs_the_answers_alone(tmp_path: Path) -> 
     assert "not text" in report([folder], tmp_path / "out")[1].warnings[0]
     file.unlink()
     assert report([folder], tmp_path / "out")[1].warnings == ()
+
+
+def test_an_answer_with_other_ends_of_lines_is_one_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pipeline(tmp_path / "p")
+    odd = ANSWERS[0] | {"base": "one\u0085two\u2028three\u2029four", "ppo": "\x1cfive"}
+    file = folder / "evaluate" / "samples.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (odd, ANSWERS[1])), encoding="utf-8")
+    section, study = report([folder], tmp_path / "out")
+    assert study.warnings == () and "one\u0085two\u2028three\u2029four" in section and "What is red?" in section
+    print_pipeline(folder, {}, {"total": 1.0}, ["base", "ppo"], None)
+    printed = capsys.readouterr().out
+    assert "four" in printed and "plum" in printed
 
 
 def test_only_the_page_of_one_run_has_it(tmp_path: Path) -> None:

@@ -71,6 +71,17 @@ def test_nothing_of_a_run_is_markup(folder: Path) -> None:
     assert HOSTILE not in page and "&lt;script&gt;alert(1)&lt;/script&gt;&amp;" in page
 
 
+def test_a_name_may_hold_what_would_be_mathematics(tmp_path: Path) -> None:
+    names = ("$\\nope{$", "$x^2$", "a\\d")
+    place = sweep(tmp_path / "s", [{"ppo.tag": name, "seed": seed} for name in names for seed in range(2)])
+    for i in range(6):
+        metrics = {"kl": 1.0 + i, "reward/$\\nope{$": i / 10}
+        run(place / str(i), None, seed=i % 2, ppo={"tag": names[i // 2]}, curve=CURVE, metrics=metrics, status="done")
+    write_report([place], place, metric="reward/$\\nope{$")
+    assert {file.name for file in place.glob("*.png")} == {"report_curves.png", "report_effects.png", "report_pareto.png"}
+    assert "$\\nope{$ against kl, a cross for each cell" in (place / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_page_names_no_other_address(folder: Path) -> None:
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in page

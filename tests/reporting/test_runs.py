@@ -63,6 +63,14 @@ def test_another_programs_config_is_no_run(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a/b"]
 
 
+def test_a_link_is_followed_and_one_that_leads_back_is_not(tmp_path: Path) -> None:
+    run(tmp_path / "elsewhere" / "b")
+    run(tmp_path / "here" / "a")
+    (tmp_path / "here" / "back").symlink_to(tmp_path / "here")
+    (tmp_path / "here" / "c").symlink_to(tmp_path / "elsewhere")
+    assert names(tmp_path / "here") == ["a", "c/b"]
+
+
 def test_cells_of_a_sweep_are_there_before_they_begin(tmp_path: Path) -> None:
     folder = sweep(tmp_path / "s", [{"ppo.kl_coef": 0.02, "seed": 0}, {"+ppo.x": 1, "seed": 1}])
     run(folder / "0")
@@ -86,6 +94,9 @@ def test_times_are_metrics_and_what_is_no_number_is_none(tmp_path: Path) -> None
     assert one.not_finite == ("kl",) and one.hardware == "2 x H100"
 
 
+ODD = '{"status": "done", "metrics": {}, "seed": 0, %s}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -101,7 +112,16 @@ def test_times_are_metrics_and_what_is_no_number_is_none(tmp_path: Path) -> None
         ('{"status": "done", "metrics": {}, "seed": 1.5}', "summary.json: seed must be a whole number, got 1.5"),
         ('{"status": "done", "metrics": {}}', "summary.json: seed must be a whole number, got None"),
         (b"\xff\xfe", "summary.json: 'utf-8' codec can't decode"),
+        (ODD % '"config": {"trainer": "x"}', "summary.json: config.trainer must be a mapping, got 'x'"),
+        (ODD % '"config": {"ref": 5}', "summary.json: config.ref must be a mapping, got 5"),
+        (ODD % '"config": {"trainer": {"devices": [0]}}', "summary.json: config.trainer.devices must be a whole number, got [0]"),
+        (ODD % '"config": {"evaluation": {"names": 5}}', "summary.json: config.evaluation.names must be a list of names, got 5"),
+        (ODD % '"hardware": {"gpus": 3}', "summary.json: hardware.gpus must be a list of names, got 3"),
+        (ODD % '"hardware": {"gpus": [{}]}', "summary.json: hardware.gpus must be a list of names, got [{}]"),
+        (ODD % f'"seconds": {{"total": 1{"0" * 400}}}', "summary.json: seconds: total is too large a number, of 401 digits"),
+        (ODD % f'"error": {"[" * 100_000}{"]" * 100_000}', "summary.json: nested too deeply"),
     ],
+    ids=lambda part: part[:60] if isinstance(part, str) else None,
 )
 def test_a_summary_that_cannot_be_read_is_a_run_that_says_why(text: str | bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_bytes(text if isinstance(text, bytes) else text.encode())

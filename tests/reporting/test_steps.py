@@ -10,7 +10,7 @@ import pytest
 from experiment_folder import run
 from pipelines import EVALUATE, REWARD, SFT, pipeline
 
-from rlhf.cli.summary_page import print_pipeline, steps_table
+from rlhf.cli.summary_page import plot_pipeline, print_pipeline, steps_table
 from rlhf.reporting.files import write_report
 from rlhf.reporting.runs import read_run
 from rlhf.reporting.steps import Change, changes_of, mean_changes
@@ -84,6 +84,20 @@ def test_the_terminal_prints_the_same(tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     for label, before, after in ALL:
         assert re.search(rf"{re.escape(label)} *│ *{before:.3f} │ *{after:.3f} ", printed), label
+
+
+def test_the_names_of_policies_and_of_the_folder_are_printed_and_drawn_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pipeline(tmp_path / "[/red]")
+    names = ["$\\nope{$", "b$x$"]
+    run(folder / "evaluate", None, verb="evaluate", status="done", metrics={f"gold/{name}": 0.5 for name in names})
+    (folder / "sft" / "metrics.csv").write_text("step,sft/loss\n1,2.0\n2,1.0\n")
+    plot = plot_pipeline(folder, names)
+    assert plot is not None and plot.stat().st_size > 5000
+    (folder / "ppo" / "export").mkdir()
+    print_pipeline(folder, {}, {"total": 1.0}, ["base", "ppo"], plot)
+    assert f"rlhf chat checkpoint={folder}/ppo" in capsys.readouterr().out
 
 
 def test_a_row_of_the_terminal_has_three_decimals() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from rlhf.config import UserError
-from rlhf.sweeping.cells import Cell, Sweep, clear, fate, first_difference, held, joined, read_summary, read_sweep
+from rlhf.sweeping.cells import Cell, Sweep, clear, fate, first_difference, held, joined, read_summary, read_sweep, write_summary
 from rlhf.sweeping.metrics import column
 
 
@@ -106,6 +107,19 @@ def test_a_failed_run_is_kept_beside(tmp_path: Path) -> None:
 def test_of_a_run_cut_short_before_its_checkpoint_the_log_stays(facts: dict[str, Any], tmp_path: Path) -> None:
     clear(cell(tmp_path / "0", **facts))
     assert [path.name for path in tmp_path.rglob("*")] == ["0", "log.txt"]
+
+
+def test_a_metric_that_is_no_number_is_null_in_the_file_alone(tmp_path: Path) -> None:
+    told = {"metrics": {"a": math.nan, "b": -math.inf, "c": 1.5}, "config": {"x": [math.inf, 1]}, "status": "done"}
+    write_summary(tmp_path, told)
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    said = json.loads((tmp_path / "summary.json").read_text(), parse_constant=no_constant)
+    assert said == {"metrics": {"a": None, "b": None, "c": 1.5}, "config": {"x": [None, 1]}, "status": "done"}
+    metrics = (read_summary(tmp_path) or {})["metrics"]
+    assert math.isnan(metrics["a"]) and math.isnan(metrics["b"]) and metrics["c"] == 1.5
 
 
 def test_the_first_difference_is_named() -> None:

@@ -66,12 +66,13 @@ def _samples(file: Path, names: list[str]) -> tuple[list[tuple[Sample, bool]], t
         return [], ()
     found = []
     try:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                return [], (f"No answers of the evaluation: {file}:{number}: no prompt",)
-            answers = tuple(Answer(policy=name, text=str(row[name]), said=said(row, name)) for name in names if name in row)
-            found.append((Sample(prompt=row["prompt"], answers=answers), bool(row.get("fixed"))))
+        with file.open(encoding="utf-8", newline="\n") as lines:  # an answer may hold other ends of lines, such as U+2028
+            for number, line in enumerate(lines, start=1):
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+                    return [], (f"No answers of the evaluation: {file}:{number}: no prompt",)
+                answers = tuple(Answer(policy=name, text=str(row[name]), said=said(row, name)) for name in names if name in row)
+                found.append((Sample(prompt=row["prompt"], answers=answers), bool(row.get("fixed"))))
     except UnicodeDecodeError as error:
         return [], (f"No answers of the evaluation: {file}: not text: {error}",)
     except json.JSONDecodeError as error:
