@@ -174,7 +174,7 @@ class HybridEngine:
             )
         slots = min(rows, (self.rollout.micro_batch_size or rows) * self.parallel.size)
         fast = self._fast.get(role)
-        if role not in self._fast or (fast is not None and not fits(fast.generator, slots, needed)):
+        if role not in self._fast or (fast is not None and not _fits(fast.generator, slots, needed)):
             if fast is not None:  # a rare larger batch: the old cache goes, the graphs are captured anew
                 fast.generator.cache.close()
                 fast.weights.close()
@@ -254,5 +254,5 @@ class HybridEngine:
         )  # fmt: skip
 
 
-def fits(generator: Generator, slots: int, tokens: int) -> bool:
+def _fits(generator: Generator, slots: int, tokens: int) -> bool:
     return generator.slots >= slots and generator.tokens >= tokens

@@ -213,7 +213,7 @@ def _baseline(cells: Sequence[Cell], asked: str | None, metric: str | None) -> C
     if asked is None:
         measured = [cell for cell in cells if metric is not None and values_of(cell.runs, metric)]
         return next(iter(measured), None)
-    named = [cell for cell in cells if cell.name == asked] or [cell for cell in cells if fits(cell, asked)]
+    named = [cell for cell in cells if cell.name == asked] or [cell for cell in cells if _fits(cell, asked)]
     names = [cell.name for cell in cells]
     if not named:
         raise UserError(f"report.baseline={asked}: no such cell{nearest(asked, names)}; there are {_some(names)}")
@@ -222,7 +222,7 @@ def _baseline(cells: Sequence[Cell], asked: str | None, metric: str | None) -> C
     return named[0]
 
 
-def fits(cell: Cell, asked: str) -> bool:
+def _fits(cell: Cell, asked: str) -> bool:
     """Whether the cell has every `key=value` that is asked for; a key may be shortened to its last parts."""
     words = [word.partition("=") for word in asked.replace(",", " ").split()]
     return bool(words) and all(equals and _has(cell, key, text) for key, equals, text in words)
