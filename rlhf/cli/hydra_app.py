@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ FLAGS = (
     *MULTIRUN, *ASKING, "--version", "--resolve", "-p", "--package", "-r", "--run", "-cp", "--config-path", "-cn", "--config-name", "-cd",
     "--config-dir", "--experimental-rerun",
 )  # fmt: skip
+GIVEN = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that torchrun, srun scripts and the deepspeed launcher all set beside RANK."""
 
 
 def run(verb: str, overrides: list[str]) -> int:
@@ -150,17 +153,28 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
     from rlhf.cli.pipeline import run_pipeline
 
     if config["launcher"]["name"] == "external":
-        _check_external()
+        _check_external(config["trainer"])
     config = going_on(config, HydraConfig.get().overrides.task)
     return (run_pipeline if config["verb"] == "pipeline" else run_job)(config)
 
 
-def _check_external() -> None:
+def _check_external(trainer: Mapping[str, Any]) -> None:
     """Several processes compose this command line, so what one of them would make up has to be given."""
     if "RANK" not in os.environ:
         raise UserError("launcher=external, but no RANK is set: start this command with torchrun, or use launcher=local")
     if not any(word.startswith("hydra.run.dir=") for word in HydraConfig.get().overrides.hydra):
         raise UserError("launcher=external needs run_dir=PATH: each rank would make up a directory of its own")
+    missing = [name for name in GIVEN if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"launcher=external, but beside RANK there is no {', '.join(missing)}: start this command with torchrun, "
+            "or unset RANK and use launcher=local"
+        )
+    started, asked = os.environ["WORLD_SIZE"], trainer["devices"] * trainer["num_nodes"]
+    if started != str(asked):
+        raise UserError(
+            f"launcher=external, but WORLD_SIZE={started} ranks were started and trainer.devices x trainer.num_nodes = {asked}: make them equal"
+        )
 
 
 def _unreadable(error: YAMLError) -> str:

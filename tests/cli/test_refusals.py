@@ -266,6 +266,11 @@ def test_external_ranks_need_one_directory(refused: Refused, pairs: Path, tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "0")
     says(refused(*SFT, f"data.path={pairs}", "launcher=external"), ("launcher=external needs run_dir=PATH",))
+    words = (*SFT, f"data.path={pairs}", "launcher=external", "run_dir=run")
+    says(refused(*words), ("beside RANK there is no LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start this command with torchrun",))
+    for name, value in (("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    says(refused(*words), ("WORLD_SIZE=2 ranks were started and trainer.devices x trainer.num_nodes = 1: make them equal",))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------------
