@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from jobs import composed
-from refusals import EVALUATE, HYBRID, PPO, REWARD, SFT, Refused, says
+from refusals import DATA, EVALUATE, HYBRID, PPO, REWARD, SFT, Refused, says
 from tiny import config as tiny_config
 
 from rlhf.config import build
@@ -65,6 +65,9 @@ RULES = {
         (*SFT, "data.max_prompt_tokens=200"),
         ("data.max_prompt_tokens + data.max_answer_tokens = 208", "actor.model", "tiny: 128 tokens", "lower one"),
     ),
+    "no step": ((*SFT, "sft.max_steps=0"), ("sft.max_steps must be at least 1, got 0",)),
+    "no step of a reward model": ((*REWARD, "rm.max_steps=0"), ("rm.max_steps must be at least 1, got 0",)),
+    "no step of dpo": (("dpo", "model@actor.model=tiny", *DATA, "dpo.max_steps=0"), ("dpo.max_steps must be at least 1, got 0",)),
     "batch does not divide": ((*SFT, "sft.micro_batch_size=3"), ("sft.batch_size=4", "sft.micro_batch_size x ranks = 3", "choose a multiple")),
     "batch does not divide by ranks": ((*REWARD, "trainer.devices=3"), ("rm.batch_size=4", "x ranks = 12", "choose a multiple")),
     "minibatch does not divide": ((*PPO, "ppo.minibatch_size=3"), ("ppo.minibatch_size must divide batch_size x samples_per_prompt = 4",)),
