@@ -68,6 +68,12 @@ RULES = {
     "no step": ((*SFT, "sft.max_steps=0"), ("sft.max_steps must be at least 1, got 0",)),
     "no step of a reward model": ((*REWARD, "rm.max_steps=0"), ("rm.max_steps must be at least 1, got 0",)),
     "no step of dpo": (("dpo", "model@actor.model=tiny", *DATA, "dpo.max_steps=0"), ("dpo.max_steps must be at least 1, got 0",)),
+    "a family that nobody knows": ((*SFT, "actor.model.family=lama"), ("model.family=lama (model tiny): transformers knows no such family", "'llama'")),
+    "a width that is no number": ((*SFT, "actor.model.shape.hidden_size=abc"), ("model.shape (model tiny)", "'hidden_size' expected int")),
+    "heads that do not divide the width": ((*SFT, "actor.model.shape.num_attention_heads=7"), ("model.shape (model tiny)", "not a multiple of", "(7)")),
+    "heads that do not divide, found late": (
+        (*SFT, "model@actor.model=tiny-opt", "actor.model.shape.num_attention_heads=7"), ("hidden_size=64 does not divide by num_attention_heads=7",),
+    ),
     "batch does not divide": ((*SFT, "sft.micro_batch_size=3"), ("sft.batch_size=4", "sft.micro_batch_size x ranks = 3", "choose a multiple")),
     "batch does not divide by ranks": ((*REWARD, "trainer.devices=3"), ("rm.batch_size=4", "x ranks = 12", "choose a multiple")),
     "minibatch does not divide": ((*PPO, "ppo.minibatch_size=3"), ("ppo.minibatch_size must divide batch_size x samples_per_prompt = 4",)),
