@@ -47,6 +47,9 @@ WORDS = {
     "resume is no boolean": ((*SFT, "resume=perhaps"), ("resume must be true or false", "'perhaps'")),
     "value is missing": ((*PPO, "rollout=recorded"), ("rollout.recorded_path", "engine=recorded")),
     "steps of a pipeline": (("pipeline", "steps=[sft,dpo]"), ("steps=", "'dpo'", "must name some of sft, reward, ppo, evaluate")),
+    "no steps": (("pipeline", "steps=[]"), ("steps=[] must name some of", "steps=[sft,reward]")),
+    "steps that are null": (("pipeline", "steps=null"), ("steps=null must name some of",)),
+    "steps that are no list": (("pipeline", "steps=3"), ("steps=3 must name some of",)),
 }  # fmt: skip
 
 
