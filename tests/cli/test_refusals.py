@@ -50,6 +50,22 @@ WORDS = {
     "no steps": (("pipeline", "steps=[]"), ("steps=[] must name some of", "steps=[sft,reward]")),
     "steps that are null": (("pipeline", "steps=null"), ("steps=null must name some of",)),
     "steps that are no list": (("pipeline", "steps=3"), ("steps=3 must name some of",)),
+    "value with letters of its own": (("sft", "data.path=größe.jsonl"), ("cannot read 'data.path=größe.jsonl'", "between quotes only", "data.path='\"größe.jsonl\"'")),
+    "value with an equals sign": (("sft", "actor.init=runs/lr=0.1"), ("cannot read", "actor.init='\"runs/lr=0.1\"'")),
+    "value with blanks, in a sweep": (("sft", "-m", "seed=0,1", "data.path=my data (1).jsonl"), ("data.path='\"my data (1).jsonl\"'",)),
+    "letters within a list": (("sft", "data.sources=[größe]"), ("text within a list or mapping is quoted there",)),
+    "name with a slash": (("sft", "callbacks.guard.ranges.rollout/kl=[0,1]"), ("a name with / is given in a mapping: callbacks.guard.ranges={rollout/kl: [0,1]}",)),
+    "group that is null": (("sft", "logger=null"), ("logger=null: logger is a group and takes the name of an option; there are all, csv, ",)),
+    "group that is a number": (("sft", "data=3"), ("data=3: data is a group", "quickstart")),
+    "group of a role that is null": (("sft", "model@actor.model=null"), ("model@actor.model=null: model is a group", "tiny")),
+    "group that is null in a sweep": (("sft", "-m", "logger=csv,null"), ("logger=csv,null: logger is a group",)),
+    "section taken away": (("sft", "~data"), ("~data: rlhf sft needs data: leave the word out",)),
+    "section taken away in a sweep": (("sft", "-m", "seed=0,1", "~trainer"), ("~trainer: rlhf sft needs trainer",)),
+    "no run directory": (("sft", "run_dir="), ("run_dir= names no directory",)),
+    "new entry without a plus": (("sft", "logger.tb={_target_: x}"), ("logger.tb: logger has no such key; a new one needs a plus: +logger.tb=VALUE",)),
+    "new flag of sbatch without a plus": (("sft", "launcher.slurm.time=1"), ("a new one needs a plus: +launcher.slurm.time=VALUE",)),
+    "new argument of a callback without a plus": (("sft", "callbacks.guard.foo=1"), ("needs a plus: +callbacks.guard.foo=VALUE",)),
+    "misspelt argument without a plus": (("sft", "callbacks.guard.range=1"), ("no such key (did you mean 'callbacks.guard.ranges'?)",)),
 }  # fmt: skip
 
 

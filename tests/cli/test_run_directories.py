@@ -53,6 +53,19 @@ def test_a_pipeline_whose_first_step_was_refused_on_its_way_is_a_run(tmp_path: P
         claim(tmp_path, config)
 
 
+@pytest.mark.parametrize("name", ["lr=0.1", "größe", "a b (1)", "'quoted b/lr=0.1'", "it's"])
+def test_a_directory_may_have_any_name(name: str, refused: Refused, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(*SFT, f"data.path={pairs}", "data.sources=[piars]", f"run_dir={name}")
+    assert (tmp_path / (name[1:-1] if name.startswith("'") else name) / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("more", [(), ("-m", "seed=0,1")], ids=["run", "sweep"])
+def test_a_directory_that_cannot_be_made(more: tuple[str, ...], refused: Refused, pairs: Path, tmp_path: Path) -> None:
+    for run_dir in (pairs, pairs / "x", tmp_path / ("x" * 300)):
+        says(refused(*SFT, *more, f"data.path={pairs}", f"run_dir={run_dir}"), ("cannot be made: ", str(run_dir), "where you may write"))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"verb": "sft"}'])
 def test_a_damaged_summary(text: str, refused: Refused, pairs: Path, tmp_path: Path) -> None:
     run_dir = begun(tmp_path / "run", pairs, status=None)
