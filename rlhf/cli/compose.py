@@ -6,6 +6,7 @@ Knows Hydra; runs nothing.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 import rlhf
 from rlhf.cli import rundir
 from rlhf.cli.own_verb import require_whole
-from rlhf.config import UserError, nearest
+from rlhf.cli.sections import COMMON
+from rlhf.cli.verbs import VERBS
+from rlhf.config import TOP_LEVEL, UserError, nearest
 
 MULTIRUN = ("-m", "--multirun")
 ASKING = ("-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")
@@ -73,6 +79,56 @@ def primary_config(verb: str, overrides: list[str]) -> str:
             f"{verb}={chosen[-1]}: these do not have the same sections, so that one sweep cannot hold them: run them one by one"
         )
     return files[0]
+
+
+# --- words that Hydra would answer with its internals ----------------------------------------------------------------------------
+
+
+def quoted(value: str) -> str:
+    """A value as text in Hydra's grammar, whatever is in it; one in quotes stays as it is."""
+    return QuotedString(unquoted(value), Quote.single).with_quotes()
+
+
+def unquoted(value: str) -> str:
+    """The text of a value: what Hydra would make of one in quotes, any other as it is."""
+    if not re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL):
+        return value
+    try:
+        text = OverridesParser.create().parse_override(f"k={value}").value()
+    except HydraException:  # 'a' and 'b'
+        return value
+    return text if isinstance(text, str) else value
+
+
+def require_choices(verb: str, words: Iterable[str], folder: Path | None) -> None:
+    """
+    Args:
+        folder: what `--config-dir` names.
+
+    Raises:
+        UserError: a word takes away a section that every job of the verb reads, or gives a group what is no option's name.
+    """
+    parser = OverridesParser.create()
+    needed = TOP_LEVEL if verb in VERBS else ("verb", *COMMON)
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        if key.startswith("~") and key[1:] in needed and key != "~experiment":
+            raise UserError(f"{word}: rlhf {verb} needs {key[1:]}: leave the word out")
+        group = key.partition("@")[0]
+        files = [file for root in (conf_dir(), folder) if root is not None for file in (root / group).glob("*.yaml")]
+        if not value or key.startswith("-") or not files:
+            continue
+        try:
+            given = parser.parse_override(f"k={value}").value()
+        except HydraException:
+            continue  # Hydra says what is wrong with it
+        for one in given.list if isinstance(given, ChoiceSweep) else [given]:
+            if one is None or isinstance(one, int | float):
+                options = ", ".join(sorted({file.stem for file in files}))
+                raise UserError(f"{key}={value}: {group} is a group and takes the name of an option; there are {options}")
+
+
+# --- composing ---------------------------------------------------------------------------------------------------------------------
 
 
 def search_in(folder: Path | None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException, Ove
 from omegaconf import OmegaConf
 
 from rlhf.cli.compose import conf_dir, search_in
-from rlhf.config import nearest
+from rlhf.config import SETTINGS, TARGET, nearest
 
 MEANT = {"learning_rate": "lr", "max_epochs": "epochs", "num_epochs": "epochs", "train_batch_size": "batch_size"}
 """Other names of what some keys end with."""
@@ -25,7 +27,7 @@ def explain(error: Exception, primary: str, folder: Path | None = None) -> str:
     text = str(error)
     cause = str(error.__cause__ or "")
     if isinstance(error, OverrideParseException):
-        return f"cannot read {getattr(error, 'override', '')!r} as key=value: {_first_line(text)}"
+        return _unread(str(getattr(error, "override", "")), _first_line(text))
     if isinstance(error, MissingConfigException) and "Available options" in text:
         missing = re.search(r"Could not find '([^']*)'", text)
         name = missing.group(1) if missing else ""
@@ -49,6 +51,22 @@ def explain(error: Exception, primary: str, folder: Path | None = None) -> str:
     return " ".join(text.split())
 
 
+def _unread(word: str, said: str) -> str:
+    """A word that Hydra's grammar does not take, and how to write what it may have meant."""
+    key, equals, value = word.partition("=")
+    if "LexerNoViableAltException" in said:
+        said = "it has a character that is read between quotes only"
+    hint, (section, _, name) = "", key.rpartition(".")
+    if equals and section and "/" in name:
+        hint = f"; a name with / is given in a mapping: {section}={{{name}: {value}}}"
+    elif equals and value and not re.match(r"[\[{'\"]|\w+\(", value) and not value.endswith(","):
+        text = '"' + value.replace('"', '\\"') + '"'
+        hint = f"; text is written between quotes, and these between the shell's: {key}={shlex.quote(text)}"
+    elif equals and "quotes" in said:
+        hint = '; text within a list or mapping is quoted there, as in ["a b.jsonl"]'
+    return f"cannot read {word!r} as key=value: {said}{hint}"
+
+
 def _unknown_key(key: str, primary: str, folder: Path | None) -> str:
     """Names the nearest key of the composed config, or the nearest group."""
     key = key.lstrip("+~")
@@ -61,13 +79,26 @@ def _unknown_key(key: str, primary: str, folder: Path | None) -> str:
     if "@" in key or "/" in key or in_package:
         similar = nearest(in_package[0] if in_package else key, groups)
         return f"{key}: no such group in rlhf {verb}{similar}; rlhf {verb} --help lists them"
-    known = list(_keys(OmegaConf.to_container(cfg, resolve=False), ""))
+    composed: Any = OmegaConf.to_container(cfg, resolve=False)
+    known = list(_keys(composed, ""))
     if key in known:  # a mapping that is given names it does not have yet, such as a function's keywords
         return f"{key}: new keys in it need a plus: +{key}={{NAME: VALUE}}, or +{key}.NAME=VALUE"
-    parent = key.rpartition(".")[0]
-    siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    similar = _same_end(key, known) or nearest(key, siblings) or nearest(key, known)
+    parent, _, end = key.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
+    close = difflib.get_close_matches(end, siblings, n=1)
+    if not close and _takes_any(composed, parent):
+        return f"{key}: {parent} has no such key; a new one needs a plus: +{key}=VALUE"
+    elsewhere = [name for name in known if name not in siblings.values() and not f"{key}.".startswith(f"{name}.")]
+    similar = _same_end(key, known) or nearest(key, [siblings[name] for name in close]) or nearest(key, elsewhere)
     return f"{key}: no such key{similar}; rlhf {verb} --cfg job shows them all"
+
+
+def _takes_any(composed: dict[str, Any], key: str) -> bool:
+    """Whether names of the user's may be added to a section: an entry of callbacks, a keyword of a class, a flag of sbatch."""
+    node: Any = composed
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, dict) else None
+    return isinstance(node, dict) and key.partition(".")[0] != "hydra" and not str(node.get(TARGET, "")).startswith(SETTINGS)
 
 
 def _same_end(key: str, known: Iterable[str]) -> str:

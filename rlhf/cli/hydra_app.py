@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,19 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from rlhf.cli.compose import ASKING, MULTIRUN, conf_dir, going_on, primary_config, resolved, with_own_group
+from rlhf.cli import rundir
+from rlhf.cli.compose import (
+    ASKING,
+    MULTIRUN,
+    conf_dir,
+    going_on,
+    primary_config,
+    quoted,
+    require_choices,
+    resolved,
+    unquoted,
+    with_own_group,
+)
 from rlhf.cli.explain import explain
 from rlhf.cli.own_verb import config_folder, require_file
 from rlhf.cli.verbs import VERBS
@@ -27,6 +40,8 @@ FLAGS = (
     *MULTIRUN, *ASKING, "--version", "--resolve", "-p", "--package", "-r", "--run", "-cp", "--config-path", "-cn", "--config-name", "-cd",
     "--config-dir", "--experimental-rerun",
 )  # fmt: skip
+GIVEN = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that torchrun, srun scripts and the deepspeed launcher all set beside RANK."""
 
 
 def run(verb: str, overrides: list[str]) -> int:
@@ -45,17 +60,21 @@ def run(verb: str, overrides: list[str]) -> int:
         name = primary_config(verb, overrides)
         _check_single(overrides)
         _check_flags(overrides)
+        require_choices(verb, overrides, folder)
+        overrides = _with_directory(overrides)
     except UserError as error:
         return _refuse(str(error))
     except YAMLError as error:
         return _refuse(_unreadable(error))
-    sys.argv = [f"rlhf {verb}", *_with_directory(overrides)]
+    sys.argv = [f"rlhf {verb}", *overrides]
     # Hydra's own error report ends the process with code 1 and a hint about its internals; the errors come to us instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     codes: list[int] = []
+    begun: list[bool] = []
     there = _folders_before(overrides, name)
 
     def job(cfg: DictConfig) -> None:
+        begun.append(True)
         try:
             codes.append(_job(cfg, verb))
         finally:
@@ -69,16 +88,18 @@ def run(verb: str, overrides: list[str]) -> int:
         return _refuse(explain(error, name, folder))
     except YAMLError as error:
         return _refuse(_unreadable(error))
+    except OSError as error:
+        if begun:
+            raise
+        return _refuse(str(rundir.cannot_be_made(error)))
     return max(codes, default=0)
 
 
 def _folders_before(overrides: list[str], name: str) -> set[Path]:
     """Of the folders that Hydra is about to make a run directory in, and of that itself, those that are there."""
-    given = next(
-        (word.partition("=")[2] for word in reversed(overrides) if word.startswith(("run_dir=", "hydra.run.dir="))), f"runs/{name}/of-now"
-    )
-    run_dir = Path(given).absolute()
-    return {folder for folder in (run_dir, *run_dir.parents) if folder.is_dir()}
+    given = next((word.partition("=")[2] for word in reversed(overrides) if word.startswith("hydra.run.dir=")), f"runs/{name}/of-now")
+    run_dir = Path(unquoted(given)).absolute()
+    return {folder for folder in (run_dir, *run_dir.parents) if os.path.isdir(folder)}  # Path.is_dir raises where a name is too long
 
 
 def _take_back(run_dir: Path, there: set[Path]) -> None:
@@ -108,8 +129,19 @@ def _check_single(overrides: list[str]) -> None:
 
 
 def _with_directory(overrides: list[str]) -> list[str]:
-    """`run_dir=PATH` is Hydra's output directory."""
-    return [f"hydra.run.dir={word.removeprefix('run_dir=')}" if word.startswith("run_dir=") else word for word in overrides]
+    """`run_dir=PATH` is Hydra's output directory, which may have any name.
+
+    Raises:
+        UserError: no path is behind it.
+    """
+    words = []
+    for word in overrides:
+        key, _, value = word.lstrip("+").partition("=")
+        if key == "run_dir":
+            rundir.require_path(unquoted(value))
+            word = f"hydra.run.dir={quoted(value)}"
+        words.append(word)
+    return words
 
 
 def _job(cfg: DictConfig, verb: str) -> int:
@@ -150,17 +182,28 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
     from rlhf.cli.pipeline import run_pipeline
 
     if config["launcher"]["name"] == "external":
-        _check_external()
+        _check_external(config["trainer"])
     config = going_on(config, HydraConfig.get().overrides.task)
     return (run_pipeline if config["verb"] == "pipeline" else run_job)(config)
 
 
-def _check_external() -> None:
+def _check_external(trainer: Mapping[str, Any]) -> None:
     """Several processes compose this command line, so what one of them would make up has to be given."""
     if "RANK" not in os.environ:
         raise UserError("launcher=external, but no RANK is set: start this command with torchrun, or use launcher=local")
     if not any(word.startswith("hydra.run.dir=") for word in HydraConfig.get().overrides.hydra):
         raise UserError("launcher=external needs run_dir=PATH: each rank would make up a directory of its own")
+    missing = [name for name in GIVEN if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"launcher=external, but beside RANK there is no {', '.join(missing)}: start this command with torchrun, "
+            "or unset RANK and use launcher=local"
+        )
+    started, asked = os.environ["WORLD_SIZE"], trainer["devices"] * trainer["num_nodes"]
+    if started != str(asked):
+        raise UserError(
+            f"launcher=external, but WORLD_SIZE={started} ranks were started and trainer.devices x trainer.num_nodes = {asked}: make them equal"
+        )
 
 
 def _unreadable(error: YAMLError) -> str:

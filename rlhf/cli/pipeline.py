@@ -85,10 +85,11 @@ def run_pipeline(config: Mapping[str, Any]) -> dict[str, Any]:
         UserError: refused before anything was written, or by a step.
         JobFailed: a step ended otherwise than done.
     """
-    steps, run_dir = list(config["steps"]), Path(config["run_dir"])
-    unknown = [step for step in steps if step not in PARTS]
-    if unknown or steps != [step for step in PARTS if step in steps]:
-        raise UserError(f"steps={steps} must name some of {', '.join(PARTS)}, in that order")
+    steps, run_dir = config["steps"], Path(config["run_dir"])
+    if not isinstance(steps, list) or not steps or steps != [step for step in PARTS if step in steps]:
+        raise UserError(
+            f"steps={'null' if steps is None else steps} must name some of {', '.join(PARTS)}, in that order: steps=[sft,reward]"
+        )
     cfg = checked(config)
     if (whole := rundir.done_already(run_dir, config)) is not None:
         log.info("run_dir=%s is done already: there is nothing to resume", run_dir)

@@ -25,11 +25,28 @@ def claim(run_dir: Path, config: Mapping[str, Any]) -> None:
     """Makes the directory this run's own and writes its config.
 
     Raises:
-        UserError: it holds another run, or `resume` finds none or one of another configuration.
+        UserError: it holds another run, `resume` finds none or one of another configuration, or it cannot be made.
     """
     require_own(run_dir, config)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    except OSError as error:
+        raise cannot_be_made(error) from error
+
+
+def require_path(value: str) -> None:
+    """
+    Raises:
+        UserError: what is behind `run_dir=` is nothing.
+    """
+    if not value:
+        raise UserError("run_dir= names no directory: write run_dir=PATH, or leave it out and one is made below runs/")
+
+
+def cannot_be_made(error: OSError) -> UserError:
+    """The refusal of a run directory that the system will not make or write into."""
+    return UserError(f"run_dir cannot be made: {error.strerror or error} ({error.filename}): give run_dir=PATH where you may write")
 
 
 def done_already(run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -56,7 +73,7 @@ def require_own(run_dir: Path, config: Mapping[str, Any]) -> None:
             raise UserError(
                 f"resume=true, but run_dir={run_dir} holds no run (no config.yaml): give the directory of the run to go on with"
             )
-        change = first_change(yaml.safe_load(file.read_text()), config)
+        change = first_change(saved_config(run_dir) or {}, config)
         if change is not None:
             raise UserError(f"resume=true cannot change {change}: a run goes on as it began; start a new run_dir for other settings")
     elif (file.exists() or (run_dir / "summary.json").exists()) and not _was_refused(run_dir):
@@ -64,14 +81,37 @@ def require_own(run_dir: Path, config: Mapping[str, Any]) -> None:
 
 
 def _was_refused(run_dir: Path) -> bool:
-    """A refused run has done nothing, so its directory may be used again."""
+    """A refused run has done nothing, so its directory may be used again. One that was refused on its way has rows or checkpoints, its own
+    or those of a pipeline's step, and is a run like any other."""
     summary = read_summary(run_dir)
-    return summary is not None and summary["status"] == "refused"
+    if summary is None or summary["status"] != "refused":
+        return False
+    parts = [run_dir, *(path for path in run_dir.iterdir() if path.is_dir())]
+    return not any(_has_rows(part / "metrics.csv") or any((part / "checkpoints").glob("*")) for part in parts)
+
+
+def _has_rows(file: Path) -> bool:
+    return file.is_file() and len(file.read_bytes().splitlines()) > 1
 
 
 def saved_config(run_dir: Path) -> dict[str, Any] | None:
+    """The config that the directory's run was started with; None where there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     file = run_dir / "config.yaml"
-    return yaml.safe_load(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("trainer"), dict):
+        raise UserError(
+            f"{file}: this is no configuration of a run, so that it cannot go on: remove {run_dir}, or start anew in another run_dir"
+        )
+    return config
 
 
 def first_change(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
@@ -106,7 +146,16 @@ def write_summary(config: Mapping[str, Any], status: str, **fields: Any) -> dict
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    return cells.read_summary(run_dir)
+    """How the directory's run ended; None where it has not. A metric that is null was no number, and is NaN again.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = run_dir / "summary.json"
+    summary = cells.read_summary(run_dir)
+    if summary is None and file.is_file():
+        raise UserError(f"{file}: this is no summary of a run: remove it, and the run counts as one that was cut short")
+    return summary
 
 
 def write_atomically(file: Path, text: str) -> None:

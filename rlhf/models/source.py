@@ -6,16 +6,18 @@ Knows no engine and no training. Weights are read tensor by tensor, so that a mo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from rlhf.config import UserError
+from rlhf.config import UserError, nearest
 from rlhf.settings import ModelConfig
 
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"]
@@ -90,17 +92,25 @@ def network_config(
         vocab_size: tokens of the tokenizer. A vocabulary that is too small grows to a multiple of 8 (tensor cores; DeepSpeed-Chat's rule);
             one built from a shape takes that size exactly.
         ids: `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer.
+
+    Raises:
+        UserError: the config.json, or the family and the shape, are none that transformers knows.
     """
     rounded = -(-vocab_size // 8) * 8
     if folder is not None:
-        config = AutoConfig.from_pretrained(folder)
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except Exception as error:
+            raise UserError(
+                f"model {model.name}: {folder / 'config.json'} is no configuration that transformers knows: {_said(error)}"
+            ) from error
         if config.vocab_size < vocab_size:
             config.vocab_size = rounded
     else:
         shape = {key: value for key, value in model.shape.items() if not key.endswith("_token_id")}
         if (model.tokenizer is not None and model.tokenizer.startswith("train:")) or shape["vocab_size"] < vocab_size:
             shape["vocab_size"] = rounded
-        config = AutoConfig.for_model(model.family, **shape)
+        config = _config_of_shape(model, shape)
     if dropout is not None:
         for name in DROPOUTS:
             if hasattr(config, name):
@@ -109,6 +119,30 @@ def network_config(
         setattr(config, name, value)
     config.use_cache = True
     return config
+
+
+def _config_of_shape(model: ModelConfig, shape: dict[str, Any]) -> PretrainedConfig:
+    """
+    Raises:
+        UserError: names `model.family` or `model.shape`.
+    """
+    if model.family not in CONFIG_MAPPING:
+        similar = nearest(str(model.family), CONFIG_MAPPING)
+        raise UserError(f"model.family={model.family} (model {model.name}): transformers knows no such family{similar}")
+    try:
+        config = AutoConfig.for_model(model.family, **shape)
+    except Exception as error:  # each family has checks of its own
+        raise UserError(f"model.shape (model {model.name}) is none that the family {model.family} can have: {_said(error)}") from error
+    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    if width and heads and getattr(config, "head_dim", None) is None and width % heads:  # others find it once they are built
+        raise UserError(f"model.shape (model {model.name}): hidden_size={width} does not divide by num_attention_heads={heads}")
+    return config
+
+
+def _said(error: Exception) -> str:
+    """The last of the lines in which a check of transformers complains, which says what is wrong."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^\w+Error: ", "", lines[-1].strip())
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -28,8 +28,8 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, f"epochs must be positive, got {self.epochs}")
-        require_at_least_one(batch_size=self.batch_size, micro_batch_size=1 if self.micro_batch_size is None else self.micro_batch_size)
-        require(self.max_steps is None or self.max_steps >= 0, f"max_steps must not be negative, got {self.max_steps}")
+        optional = {name: getattr(self, name) for name in ("micro_batch_size", "max_steps")}
+        require_at_least_one(batch_size=self.batch_size, **{name: value for name, value in optional.items() if value is not None})
 
 
 @dataclass(frozen=True, kw_only=True)

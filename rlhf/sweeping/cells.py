@@ -78,9 +78,23 @@ def read_sweep(directory: Path) -> Sweep:
         )
     try:
         node = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return Sweep(**{**node, "cells": [Cell(**cell) for cell in node["cells"]]})
+        return _whole(Sweep(**{**node, "cells": [Cell(**cell) for cell in node["cells"]]}))
     except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: this is no file of a sweep ({type(error).__name__}): start a new run_dir") from error
+
+
+def _whole(sweep: Sweep) -> Sweep:
+    """
+    Raises:
+        TypeError: a value is none that a sweep writes.
+    """
+    texts = [sweep.verb, *sweep.words, *(cell.folder for cell in sweep.cells)]
+    mappings = [sweep.settings, *(cell.overrides for cell in sweep.cells)]
+    optional = isinstance(sweep.config_name, str | None) and isinstance(sweep.config_dir, str | None)
+    trials = all(isinstance(cell.trial, int | None) for cell in sweep.cells)
+    if not (optional and trials and all(isinstance(one, str) for one in texts) and all(isinstance(one, dict) for one in mappings)):
+        raise TypeError("a value of another kind")
+    return sweep
 
 
 @contextmanager
@@ -88,10 +102,13 @@ def held(directory: Path) -> Iterator[None]:
     """Keeps a second command out of a sweep that runs. The lock goes with this process, however it ends, and is no file.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process has it, or it cannot be made.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"run_dir={directory} cannot be made: {error.strerror}: give run_dir=PATH where you may write") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -107,12 +124,15 @@ def held(directory: Path) -> Iterator[None]:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """summary.json of a run. A metric that is null was no number, and is NaN again."""
-    file = folder / "summary.json"
-    if not file.is_file():
+    """How a cell ended; None where it has not, or where the file is damaged: such a cell counts as one that was cut short. A metric that is null
+    was no number, and is NaN again."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    summary = json.loads(file.read_text(encoding="utf-8"))
-    return summary | {"metrics": {name: math.nan if value is None else value for name, value in summary.get("metrics", {}).items()}}
+    if not isinstance(summary, dict) or not isinstance(summary.get("status"), str):
+        return None
+    return summary | {"metrics": {name: math.nan if value is None else value for name, value in (summary.get("metrics") or {}).items()}}
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from jobs import composed
-from refusals import EVALUATE, HYBRID, PPO, REWARD, SFT, Refused, says
+from refusals import DATA, EVALUATE, HYBRID, PPO, REWARD, SFT, Refused, says
 from tiny import config as tiny_config
 
 from rlhf.config import build
@@ -50,6 +50,25 @@ WORDS = {
     "resume is no boolean": ((*SFT, "resume=perhaps"), ("resume must be true or false", "'perhaps'")),
     "value is missing": ((*PPO, "rollout=recorded"), ("rollout.recorded_path", "engine=recorded")),
     "steps of a pipeline": (("pipeline", "steps=[sft,dpo]"), ("steps=", "'dpo'", "must name some of sft, reward, ppo, evaluate")),
+    "no steps": (("pipeline", "steps=[]"), ("steps=[] must name some of", "steps=[sft,reward]")),
+    "steps that are null": (("pipeline", "steps=null"), ("steps=null must name some of",)),
+    "steps that are no list": (("pipeline", "steps=3"), ("steps=3 must name some of",)),
+    "value with letters of its own": (("sft", "data.path=größe.jsonl"), ("cannot read 'data.path=größe.jsonl'", "between quotes only", "data.path='\"größe.jsonl\"'")),
+    "value with an equals sign": (("sft", "actor.init=runs/lr=0.1"), ("cannot read", "actor.init='\"runs/lr=0.1\"'")),
+    "value with blanks, in a sweep": (("sft", "-m", "seed=0,1", "data.path=my data (1).jsonl"), ("data.path='\"my data (1).jsonl\"'",)),
+    "letters within a list": (("sft", "data.sources=[größe]"), ("text within a list or mapping is quoted there",)),
+    "name with a slash": (("sft", "callbacks.guard.ranges.rollout/kl=[0,1]"), ("a name with / is given in a mapping: callbacks.guard.ranges={rollout/kl: [0,1]}",)),
+    "group that is null": (("sft", "logger=null"), ("logger=null: logger is a group and takes the name of an option; there are all, csv, ",)),
+    "group that is a number": (("sft", "data=3"), ("data=3: data is a group", "quickstart")),
+    "group of a role that is null": (("sft", "model@actor.model=null"), ("model@actor.model=null: model is a group", "tiny")),
+    "group that is null in a sweep": (("sft", "-m", "logger=csv,null"), ("logger=csv,null: logger is a group",)),
+    "section taken away": (("sft", "~data"), ("~data: rlhf sft needs data: leave the word out",)),
+    "section taken away in a sweep": (("sft", "-m", "seed=0,1", "~trainer"), ("~trainer: rlhf sft needs trainer",)),
+    "no run directory": (("sft", "run_dir="), ("run_dir= names no directory",)),
+    "new entry without a plus": (("sft", "logger.tb={_target_: x}"), ("logger.tb: logger has no such key; a new one needs a plus: +logger.tb=VALUE",)),
+    "new flag of sbatch without a plus": (("sft", "launcher.slurm.time=1"), ("a new one needs a plus: +launcher.slurm.time=VALUE",)),
+    "new argument of a callback without a plus": (("sft", "callbacks.guard.foo=1"), ("needs a plus: +callbacks.guard.foo=VALUE",)),
+    "misspelt argument without a plus": (("sft", "callbacks.guard.range=1"), ("no such key (did you mean 'callbacks.guard.ranges'?)",)),
 }  # fmt: skip
 
 
@@ -67,6 +86,15 @@ RULES = {
     "prompt longer than the context": (
         (*SFT, "data.max_prompt_tokens=200"),
         ("data.max_prompt_tokens + data.max_answer_tokens = 208", "actor.model", "tiny: 128 tokens", "lower one"),
+    ),
+    "no step": ((*SFT, "sft.max_steps=0"), ("sft.max_steps must be at least 1, got 0",)),
+    "no step of a reward model": ((*REWARD, "rm.max_steps=0"), ("rm.max_steps must be at least 1, got 0",)),
+    "no step of dpo": (("dpo", "model@actor.model=tiny", *DATA, "dpo.max_steps=0"), ("dpo.max_steps must be at least 1, got 0",)),
+    "a family that nobody knows": ((*SFT, "actor.model.family=lama"), ("model.family=lama (model tiny): transformers knows no such family", "'llama'")),
+    "a width that is no number": ((*SFT, "actor.model.shape.hidden_size=abc"), ("model.shape (model tiny)", "'hidden_size' expected int")),
+    "heads that do not divide the width": ((*SFT, "actor.model.shape.num_attention_heads=7"), ("model.shape (model tiny)", "not a multiple of", "(7)")),
+    "heads that do not divide, found late": (
+        (*SFT, "model@actor.model=tiny-opt", "actor.model.shape.num_attention_heads=7"), ("hidden_size=64 does not divide by num_attention_heads=7",),
     ),
     "batch does not divide": ((*SFT, "sft.micro_batch_size=3"), ("sft.batch_size=4", "sft.micro_batch_size x ranks = 3", "choose a multiple")),
     "batch does not divide by ranks": ((*REWARD, "trainer.devices=3"), ("rm.batch_size=4", "x ranks = 12", "choose a multiple")),
@@ -280,6 +308,11 @@ def test_external_ranks_need_one_directory(refused: Refused, pairs: Path, tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "0")
     says(refused(*SFT, f"data.path={pairs}", "launcher=external"), ("launcher=external needs run_dir=PATH",))
+    words = (*SFT, f"data.path={pairs}", "launcher=external", "run_dir=run")
+    says(refused(*words), ("beside RANK there is no LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start this command with torchrun",))
+    for name, value in (("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    says(refused(*words), ("WORLD_SIZE=2 ranks were started and trainer.devices x trainer.num_nodes = 1: make them equal",))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------------

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from refusals import SFT, Refused, begun, contents, says
 
-from rlhf.cli.rundir import read_summary, write_summary
+from rlhf.cli.rundir import claim, read_summary, write_summary
+from rlhf.config import UserError
 
 
 @pytest.mark.parametrize("status", ["done", "failed", None], ids=["done", "failed", "killed"])
@@ -37,6 +39,56 @@ def test_a_metric_that_is_no_number_is_null_in_the_summary(tmp_path: Path) -> No
     assert "NaN" not in text and '"sft/loss": null' in text and '"kl": 1.0' in text
     summary = read_summary(tmp_path / "run")
     assert summary is not None and math.isnan(summary["metrics"]["sft/loss"])
+
+
+def test_a_run_that_was_refused_on_its_way_is_a_run(refused: Refused, pairs: Path, tmp_path: Path) -> None:
+    """A reward function that fails in the middle is the user's error as well."""
+    run_dir = begun(tmp_path / "run", pairs, status="refused")
+    words = (*SFT, f"run_dir={run_dir}", f"data.path={pairs}", "seed=7")
+    says(refused(*words), ("already holds a run",))
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "metrics.csv").write_text("step,sft/loss\n1,2.0\n")
+    says(refused(*words), ("already holds a run",))
+    (run_dir / "metrics.csv").unlink()
+    says(refused(*words, "data.sources=[piars]"), ("piars",))
+
+
+def test_a_pipeline_whose_first_step_was_refused_on_its_way_is_a_run(tmp_path: Path) -> None:
+    config = {"verb": "pipeline", "seed": 0, "run_dir": str(tmp_path), "resume": False, "trainer": {}}
+    claim(tmp_path, config)
+    write_summary(config, "refused")
+    claim(tmp_path, config)
+    (tmp_path / "ppo" / "checkpoints" / "step-000400").mkdir(parents=True)
+    with pytest.raises(UserError, match="already holds a run"):
+        claim(tmp_path, config)
+
+
+@pytest.mark.parametrize("name", ["lr=0.1", "größe", "a b (1)", "'quoted b/lr=0.1'", "it's"])
+def test_a_directory_may_have_any_name(name: str, refused: Refused, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(*SFT, f"data.path={pairs}", "data.sources=[piars]", f"run_dir={name}")
+    assert (tmp_path / (name[1:-1] if name.startswith("'") else name) / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("more", [(), ("-m", "seed=0,1")], ids=["run", "sweep"])
+def test_a_directory_that_cannot_be_made(more: tuple[str, ...], refused: Refused, pairs: Path, tmp_path: Path) -> None:
+    for run_dir in (pairs, pairs / "x", tmp_path / ("x" * 300)):
+        says(refused(*SFT, *more, f"data.path={pairs}", f"run_dir={run_dir}"), ("cannot be made: ", str(run_dir), "where you may write"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"verb": "sft"}'])
+def test_a_damaged_summary(text: str, refused: Refused, pairs: Path, tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", pairs, status=None)
+    (run_dir / "summary.json").write_text(text)
+    for words in ((*SFT, f"run_dir={run_dir}", f"data.path={pairs}"), ("sft", f"run_dir={run_dir}", "resume=true")):
+        says(refused(*words), (f"{run_dir}/summary.json: this is no summary of a run: remove it",))
+
+
+@pytest.mark.parametrize("text", ["", "words", "{", "verb: sft"])
+def test_a_damaged_config(text: str, refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    for words in ((), ("seed=7",)):
+        says(refused("sft", f"run_dir={tmp_path}", "resume=true", *words), (f"{tmp_path}/config.yaml: this is no configuration of a run",))
 
 
 def test_resume_where_there_is_no_run(refused: Refused, there: tuple[str, str], tmp_path: Path) -> None:

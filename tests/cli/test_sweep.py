@@ -85,6 +85,10 @@ def test_a_value_as_yaml_has_it() -> None:
         (("-m", "seed=1,1"), ("cells 0 and 1 are the same (seed=1)",)),
         (("-m", "seed=interval(1,2)"), ("seed=interval(1,2): an interval is for a search",)),
         (("-m", "sft.optimizer.lr=glob(z*)"), ("glob",)),
+        (("-m", "seed=1,2", "sweep.jobs=1,2"), ("sweep.jobs=1,2: the sweep section says", "is not swept itself: give one value", "sweep.gpus=[0,1]")),
+        (("-m", "seed=1,2", "sweep=local,slurm"), ("sweep=local,slurm: the sweep section says",)),
+        (("-m", "seed=1,2", "~sweep.jobs"), ("~sweep.jobs: every sweep has this: leave the word out",)),
+        (("-m", "seed=1,2", "run_dir="), ("run_dir= names no directory",)),
         (("-m", "sweep.resume=true"), ("sweep.resume=true needs run_dir=DIR",)),
         (("-m", "sweep.resume=true", "run_dir=nowhere"), ("holds no sweep (no sweep.yaml)",)),
         (("-m", "seed=1,2", "sweep.gpus=[0]"), ("sweep.gpus=[0], but trainer.accelerator=cpu",)),
@@ -189,3 +193,11 @@ def test_a_word_is_sorted_by_its_key() -> None:
     assert line.words == ["+a.b=1", "seed=1,2", "sweep.jobs=3"]
     with pytest.raises(UserError):
         read_line("ppo", ["-m", "hydra.sweep.dir=x"])
+
+
+@pytest.mark.parametrize(
+    ("value", "directory"),
+    [("größe/lr=0.1 (1)", "größe/lr=0.1 (1)"), ('"a b/lr=0.1"', "a b/lr=0.1"), ("'it\\'s'", "it's"), ("'a' b 'c'", "'a' b 'c'")],
+)
+def test_a_directory_may_have_any_name_and_quotes_are_none_of_it(value: str, directory: str) -> None:
+    assert read_line("ppo", ["-m", f"run_dir={value}"]).run_dir == directory

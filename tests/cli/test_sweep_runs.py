@@ -139,6 +139,14 @@ def test_what_a_resumed_sweep_runs_again(light: Path, capfd: pytest.CaptureFixtu
     assert "holds a sweep of rlhf sft, not of rlhf reward" in capfd.readouterr().err
 
 
+@pytest.mark.launch
+def test_a_cell_whose_summary_is_damaged_runs_again(light: Path) -> None:
+    assert main(["sft", "-m", "seed=0,1", *LIGHT, f"run_dir={light}"]) == 0
+    (light / "1" / "summary.json").write_text("")
+    assert main(["sft", "-m", f"run_dir={light}", "sweep.resume=true"]) == 0
+    assert statuses(light) == ["done", "done"]
+
+
 @pytest.mark.parametrize(("words", "code"), [(("sft.batch_size=3,5",), 2), (("seed=1,2", "sft.batch_size=4", "launcher=slurm"), 2)])
 def test_a_sweep_of_refused_cells_only_is_refused(words: tuple[str, ...], code: int, light: Path) -> None:
     assert main(["sft", "-m", *words, *LIGHT[:6], *LIGHT[7:], f"run_dir={light}"]) == code

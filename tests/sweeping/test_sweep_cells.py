@@ -32,7 +32,9 @@ def test_a_sweep_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_a_directory_without_a_sweep(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no sweep \(no sweep\.yaml\)"):
         read_sweep(tmp_path)
-    for text in ("just words", "verb: ppo", "cells: [{folder: 0}]", "{"):
+    sweep(cells=[Cell("0", None)]).write(tmp_path)  # type: ignore[arg-type]
+    null = (tmp_path / "sweep.yaml").read_text()
+    for text in ("", "just words", "verb: ppo", "cells: [{folder: 0}]", "{", null):
         (tmp_path / "sweep.yaml").write_text(text)
         with pytest.raises(UserError, match=r"sweep\.yaml: this is no file of a sweep"):
             read_sweep(tmp_path)
@@ -86,6 +88,17 @@ def cell(folder: Path, status: str | None = None, error: str = "", *, begun: boo
 )
 def test_what_becomes_of_a_cell(facts: dict[str, Any], steps: bool, expected: str, tmp_path: Path) -> None:
     assert fate(cell(tmp_path / "0", **facts), steps=steps) == expected
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"error": "no"}'])
+def test_a_cell_with_a_damaged_summary_counts_as_cut_short(text: str, tmp_path: Path) -> None:
+    saved, lost = cell(tmp_path / "0", checkpoint=True), cell(tmp_path / "1")
+    for folder, expected in ((saved, "go on"), (lost, "anew")):
+        (folder / "summary.json").write_text(text)
+        assert read_summary(folder) is None
+        assert fate(folder, steps=False) == expected
+    clear(lost)
+    assert [path.name for path in lost.iterdir()] == ["log.txt"]
 
 
 def test_a_cell_that_never_began(tmp_path: Path) -> None:

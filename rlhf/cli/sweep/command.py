@@ -5,6 +5,7 @@ Knows the order of things; words are `words`', cells `run`'s.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -68,13 +69,15 @@ class Command:
         """The directory, for this command alone.
 
         Raises:
-            UserError: it holds something else.
+            UserError: it holds something else, or cannot be made.
         """
-        if self.old is None and (self.directory / "sweep.yaml").exists():
+        # Path.exists raises where a name is too long
+        there = {name for name in ("sweep.yaml", "config.yaml", "summary.json") if os.path.exists(self.directory / name)}
+        if self.old is None and "sweep.yaml" in there:
             raise UserError(
                 f"run_dir={self.directory} already holds a sweep: choose another run_dir, or sweep.resume=true to go on with it"
             )
-        if any((self.directory / name).exists() for name in ("config.yaml", "summary.json")):
+        if there - {"sweep.yaml"}:
             raise UserError(f"run_dir={self.directory} already holds a run: choose another run_dir for a sweep")
         return held(self.directory)
 

@@ -21,7 +21,8 @@ from hydra.core.override_parser.types import IntervalSweep, Override, QuotedStri
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf.cli.compose import MULTIRUN, conf_dir, primary_config, resolved
+from rlhf.cli.compose import MULTIRUN, conf_dir, primary_config, require_choices, resolved, unquoted
+from rlhf.cli.rundir import require_path
 from rlhf.config import UserError, nearest
 from rlhf.sweeping.search import Choice, Dimension, Number
 
@@ -60,7 +61,7 @@ def is_sweep_word(word: str) -> bool:
 def read_line(verb: str, words: Sequence[str]) -> Line:
     """
     Raises:
-        UserError: a flag that a sweep has no use for, or an override of Hydra's own launchers and sweepers.
+        UserError: a flag that a sweep has no use for, an override of Hydra's own launchers and sweepers, or a group without an option.
     """
     found: dict[str, str | None] = {"config_name": None, "config_dir": None, "run_dir": None}
     overrides: list[str] = []
@@ -77,7 +78,8 @@ def read_line(verb: str, words: Sequence[str]) -> Line:
         elif word.startswith("-"):
             raise UserError(f"{flag}: a sweep takes -m, -cn NAME and -cd DIR; everything else is key=value")
         elif key_of(word) == "run_dir":
-            found["run_dir"] = value
+            found["run_dir"] = unquoted(value)
+            require_path(unquoted(value))
         else:
             overrides.append(word)
     for word in overrides:
@@ -85,6 +87,10 @@ def read_line(verb: str, words: Sequence[str]) -> Line:
             raise UserError(
                 f"{word}: sweeps are run by this project, not by Hydra's launchers and sweepers; see sweep=local, slurm, optuna"
             )
+    require_choices(verb, overrides, None if found["config_dir"] is None else Path(found["config_dir"]))
+    gone = next((word for word in overrides if is_sweep_word(word) and word.startswith("~")), None)
+    if gone is not None:
+        raise UserError(f"{gone}: every sweep has this: leave the word out")
     sweep = _last_of_each([word for word in overrides if is_sweep_word(word)])
     return Line(verb, tuple(word for word in overrides if not is_sweep_word(word)), sweep, **found)
 
@@ -154,8 +160,14 @@ class Composer:
         """The resolved sweep section: conf/sweep/local, what the primary config says, then the words.
 
         Raises:
-            UserError: a value is missing.
+            UserError: a value is missing, or there are several.
         """
+        several = next(iter(self.swept_in(words)), None)
+        if several is not None:
+            raise UserError(
+                f"{several.input_line}: the sweep section says how the cells are run and is not swept itself: give one value "
+                f"(a list is written in brackets, as in sweep.gpus=[0,1])"
+            )
         group = "" if "sweep" in self.base.hydra.runtime.choices else "+"
         named = [f"{group}{word.lstrip('+')}" for word in words if key_of(word) == "sweep"] or [f"{group}sweep=local"] * bool(group)
         # Added if need be: sbatch's parameters have any name, and an unknown key is refused with the nearest one when settings are built.
