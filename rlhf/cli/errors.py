@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.cli import rundir
 from rlhf.config import UserError
+from rlhf.sweeping.cells import read_summary
 
 DONE, FAILED, REFUSED = 0, 1, 2
 
@@ -28,7 +29,7 @@ def report(config: Mapping[str, Any], error: BaseException) -> int:
     refused = mistake and (bool(config["resume"]) or not (Path(config["run_dir"]) / "metrics.csv").is_file())
     if os.environ.get("RANK", "0") == "0":
         print(f"rlhf: {'error: ' if mistake else ''}{error}", file=sys.stderr)
-        earlier = rundir.read_summary(Path(config["run_dir"])) if config["resume"] else None
+        earlier = read_summary(Path(config["run_dir"])) if config["resume"] else None
         if not (config["resume"] and refused) and not (earlier and earlier["status"] == "done"):
             rundir.write_summary(config, "refused" if refused else "failed", error=f"{type(error).__name__}: {error}")
     return REFUSED if refused else FAILED
