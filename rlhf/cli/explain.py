@@ -81,7 +81,7 @@ def _unknown_key(key: str, primary: str, folder: Path | None) -> str:
         return f"{key}: no such group in rlhf {verb}{similar}; rlhf {verb} --help lists them"
     composed: Any = OmegaConf.to_container(cfg, resolve=False)
     known = list(_keys(composed, ""))
-    if key in known:  # a mapping that is given names it does not have yet, such as a function's keywords
+    if isinstance(_node(composed, key), dict):  # a mapping that is given names it does not have yet, such as a function's keywords
         return f"{key}: new keys in it need a plus: +{key}={{NAME: VALUE}}, or +{key}.NAME=VALUE"
     parent, _, end = key.rpartition(".")
     siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
@@ -93,11 +93,17 @@ def _unknown_key(key: str, primary: str, folder: Path | None) -> str:
     return f"{key}: no such key{similar}; rlhf {verb} --cfg job shows them all"
 
 
-def _takes_any(composed: dict[str, Any], key: str) -> bool:
-    """Whether names of the user's may be added to a section: an entry of callbacks, a keyword of a class, a flag of sbatch."""
+def _node(composed: dict[str, Any], key: str) -> Any:
+    """What a key holds; None where there is none."""
     node: Any = composed
     for name in key.split("."):
         node = node.get(name) if isinstance(node, dict) else None
+    return node
+
+
+def _takes_any(composed: dict[str, Any], key: str) -> bool:
+    """Whether names of the user's may be added to a section: an entry of callbacks, a keyword of a class, a flag of sbatch."""
+    node = _node(composed, key)
     return isinstance(node, dict) and key.partition(".")[0] != "hydra" and not str(node.get(TARGET, "")).startswith(SETTINGS)
 
 
