@@ -46,8 +46,8 @@ def test_the_reward_models_table() -> None:
     assert {row[0] for row in rows(5)} == {"`loss`", "`head_init`"}
 
 
-def test_every_row_has_a_source_and_says_whether_it_was_measured() -> None:
-    assert all(row[-2] and row[-1] for row in rows(6) + rows(5))
+def test_every_row_has_a_source_and_what_it_is_worth() -> None:
+    assert all(row[-2] and row[-1] and "not measured" not in row[-1] for row in rows(6) + rows(5))
 
 
 def differences(preset: str) -> set[str]:
