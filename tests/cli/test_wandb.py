@@ -69,8 +69,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*torn, *FAIL],
         [*torn, "resume=true"],
         [*SFT, *shared, "trainer.devices=2", f"run_dir={root / 'two'}"],
-        [*PIPELINE, *shared, "steps=[sft,reward]", "reward.init=nowhere", f"run_dir={root / 'half'}"],
-        [*PIPELINE, *shared, "steps=[reward]", "reward.init=nowhere", f"run_dir={root / 'refused'}"],
+        [
+            *PIPELINE,
+            *shared,
+            "steps=[sft,reward]",
+            "reward.lora.rank=2",
+            "reward.lora.target_modules=[nowhere]",
+            f"run_dir={root / 'half'}",
+        ],
+        [*PIPELINE, *shared, "steps=[reward]", "reward.lora.rank=2", "reward.lora.target_modules=[nowhere]", f"run_dir={root / 'refused'}"],
     ]
     node = {
         "_target_": "rlhf.callbacks.wandb_log.WandbLog", "project": "rlhf", "entity": None, "name": None, "group": None, "tags": [],
@@ -259,7 +266,7 @@ def test_a_failed_run_says_why_and_goes_on_under_its_id(runs: Path) -> None:
 def test_a_pipeline_whose_step_is_refused_says_so_itself(name: str, status: str, code: int, runs: Path) -> None:
     said, record = summary(runs / name), one(runs / name)
     assert said["status"] == status
-    assert said["error"].startswith("UserError: reward: reward.init=nowhere ")
+    assert said["error"].startswith("UserError: reward: reward.lora.target_modules")
     assert ("sft/perplexity" in said["metrics"]) == (name == "half")
     assert (record.summary["status"], record.summary["error"], record.exit_code) == (status, said["error"], code)
     assert not (runs / name / "reward" / "wandb").exists(), "refused before it was a run"
