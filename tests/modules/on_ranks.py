@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from threading import Barrier
 from typing import Any
@@ -54,6 +55,9 @@ class Descent:
         self.module, self.rank, self.meeting = module, rank, meeting
         self.rate, self.micro_batches, self.calls = rate, micro_batches, 0
         self.world_size = len(meeting.shares)
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def backward(self, role: str, loss: Tensor) -> None:
         loss.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -50,6 +51,9 @@ class Alone(Comparison):
 
     def gather_objects(self, value: Any) -> list[Any]:
         return [value]
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def comparison(networks: dict[str, Any], **more: Any) -> Alone:
