@@ -27,22 +27,29 @@ def require_later_steps(steps: Iterable[Any], root: Path) -> None:
     for cfg in steps:
         _require_weights(cfg, root)
         if cfg.verb == "ppo":
-            _require_rewards_and_answers(cfg)
+            _require_rewards_and_answers(cfg, root)
         phase = cfg.verb
         section = {"sft": "sft", "reward": "rm", "ppo": "ppo"}[phase]
         require_rows(cfg.data, phase, at_least=getattr(cfg, section).batch_size, key=f"{section}.batch_size")
 
 
+def made_here(path: object, root: Path) -> bool:
+    """Whether an earlier step is to write it."""
+    return isinstance(path, str) and Path(path).absolute().is_relative_to(root)
+
+
 def _require_weights(cfg: Any, root: Path) -> None:
     for role, exports in EXPORTS.items():
         init = getattr(getattr(cfg, role, None), "init", None)
-        if init is not None and not Path(init).absolute().is_relative_to(root):
+        if init is not None and not made_here(init, root):
             find_export(init, *exports, key=f"{role}.init")
 
 
-def _require_rewards_and_answers(cfg: Any) -> None:
+def _require_rewards_and_answers(cfg: Any, root: Path) -> None:
     if cfg.ppo.reward_source != "model":
-        require_scorer("ppo.reward_function", cfg.ppo.reward_function, cfg.ppo.reward_function_kwargs)
+        kwargs = cfg.ppo.reward_function_kwargs
+        there = not any(made_here(value, root) for value in kwargs.values())
+        require_scorer("ppo.reward_function", cfg.ppo.reward_function, kwargs, files=there)
     if cfg.rollout.engine == "recorded" and not Path(cfg.rollout.recorded_path).is_dir():
         raise UserError(f"rollout.recorded_path={cfg.rollout.recorded_path} is no folder: give the one that rollout.save_to of a run named")
     if cfg.ppo.ptx_coef > 0:

@@ -10,8 +10,10 @@ import torch
 from checkpoints import save_policy
 from jobs import composed
 from refusals import HYBRID, PPO, SFT, Refused, begun, contents, says
+from tiny import write_pairs
 
 from rlhf.cli.main import main
+from rlhf.cli.pipeline_ahead import require_later_steps
 from rlhf.cli.rundir import claim, write_summary
 from rlhf.cli.vocabulary import require_one_vocabulary
 from rlhf.config import UserError, build
@@ -91,6 +93,19 @@ def test_what_a_later_step_lacks_is_said_before_the_first(
     monkeypatch.chdir(tmp_path)
     says(refused(*PIPELINE, f"data.path={pairs}", "steps=[sft,reward,ppo]", "run_dir=run", *words), (part,))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_an_earlier_step_is_to_write_need_not_be_there(tmp_path: Path) -> None:
+    made = tmp_path / "run" / "reward" / "export" / "reward"
+    words = (
+        "ppo.reward_source=both", "ppo.reward_function=rlhf.models.scorer.ScalarScorer",
+        f"+ppo.reward_function_kwargs={{path:'{made}',threshold:0}}",
+    )  # fmt: skip
+    data = f"data.path={write_pairs(tmp_path / 'pairs.jsonl', 32)}"
+    step = build(composed(*PPO, data, f"run_dir={tmp_path / 'run' / 'ppo'}", *words))
+    require_later_steps([step], tmp_path / "run")
+    with pytest.raises(UserError, match=r"ppo\.reward_function_kwargs\.path=.* holds no model"):
+        require_later_steps([step], tmp_path / "another")
 
 
 # --- one vocabulary --------------------------------------------------------------------------------------------------------------

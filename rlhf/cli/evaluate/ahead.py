@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf.cli.evaluate.prompts import pair_rows, prompt_rows, read_prompts
 from rlhf.cli.evaluate.rules import require_no_contradiction
+from rlhf.cli.pipeline_ahead import made_here
 from rlhf.config import build
 from rlhf.data.encode import Limits
 from rlhf.data.phases import sft_corpus
@@ -37,16 +38,11 @@ def require_possible(whole: Any, step: Mapping[str, Any]) -> None:
         "evaluation.base": (evaluation.base, ("actor", "ref")),
     }  # fmt: skip
     root = Path(whole.run_dir).absolute()
-
-    def made_here(path: object) -> bool:
-        """Whether an earlier step is to write it."""
-        return isinstance(path, str) and Path(path).absolute().is_relative_to(root)
-
     for key, (path, exports) in named.items():
-        if path is not None and not made_here(path):
+        if path is not None and not made_here(path, root):
             find_export(path, *exports, key=key)
     if evaluation.gold is not None:
-        there = not any(made_here(value) for value in evaluation.gold_kwargs.values())
+        there = not any(made_here(value, root) for value in evaluation.gold_kwargs.values())
         require_scorer("evaluation.gold", evaluation.gold, evaluation.gold_kwargs, files=there)
     if evaluation.fixed_prompts is not None:
         _require_short(whole, rewarded=cfg.reward.init is not None)
