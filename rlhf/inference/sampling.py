@@ -89,6 +89,7 @@ def choose(logits: Tensor, candidates: Tensor, uniform: Tensor, *, temperature: 
         total = sums[:, -1:]
         below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not carry the number past the last candidate
         tokens = torch.searchsorted(sums, torch.minimum(uniform.unsqueeze(1) * total, below), right=True).squeeze(1)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # an idle row's logits may be anything, NaN among it, and it draws all the same
     return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 

@@ -67,6 +67,19 @@ class Ticket:
     def __init__(self, request: Request, deliver: Deliver) -> None:
         self.request, self.deliver = request, deliver
         self.cancelled = False
+        self.steps = 0
+        """That were begun for it; each draws a token."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A step that the device runs or has run, and that nobody has heard of yet."""
+
+    rows: list[tuple[int, Ticket]]
+    """Slot and request of each."""
+    drawn: Tensor  # (B, 3) on the host
+    ready: torch.cuda.Event | None
+    """Passed once `drawn` is there."""
 
 
 class Service:
@@ -100,6 +113,11 @@ class Service:
         self.seeds = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
         self.drawn = torch.zeros(slots, 3, dtype=torch.float64, device=self.device)
         """What the last step drew for each of its rows, in one tensor that is fetched at once: token, log-probability, whether the answer ended."""
+        self.fetched = [torch.zeros(slots, 3, dtype=torch.float64, pin_memory=self.device.type == "cuda") for _ in range(2)]
+        """`drawn` on the host, for one step and the one before in turn."""
+        self.ahead = self.device.type == "cuda"
+        """A step begins before the last one's tokens are delivered, so that the device does not wait for Python. On a CPU it would only come later."""
+        self.begun: Begun | None = None
         self.placed: list[int] = []
         """The slot of each row of a step."""
         captures = graphs and self.device.type == "cuda"
@@ -143,7 +161,7 @@ class Service:
     @property
     def busy(self) -> bool:
         """Whether a request is waiting or being answered."""
-        return bool(self.waiting or self.active)
+        return bool(self.waiting or self.active or self.begun)
 
     # --- the stepping thread ---
 
@@ -153,16 +171,19 @@ class Service:
         self._drop_cancelled()
         taken = self._take()
         if taken:
+            self._deliver_begun()
             self._prefill(taken)
-        slots = [slot for slot in self.active if slot not in taken]
-        if slots:
-            steps = self.steps[self._sampled(slots)]
-            steps.run(self._place(slots, steps))
-            self._deliver(self.drawn[: len(slots)], slots)
-        return bool(taken or slots)
+        rows = [(slot, ticket) for slot, ticket in self.active.items() if slot not in taken and ticket.steps < ticket.request.limit]
+        begun = self._begin(rows) if rows else None
+        heard = self._deliver_begun()
+        self.begun = begun
+        if not self.ahead:
+            self._deliver_begun()
+        return bool(taken or rows or heard)
 
     def fail(self) -> None:
         """Ends everything that is answered or waits; nothing more is taken."""
+        self.begun = None
         with self.changed:
             self.closed = True
             waiting, self.waiting = list(self.waiting), deque()
@@ -214,7 +235,35 @@ class Service:
         self.top_k[at], self.seeds[at] = top_k, seeds
         self.temperature[at] = torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=self.device)
         self.top_p[at] = torch.tensor([r.top_p for r in requests], dtype=torch.float32, device=self.device)
-        self._deliver(self._draw(logits, at, sampled=self._sampled(list(taken))), list(taken))
+        drawn = self._draw(logits, at, sampled=self._sampled(list(taken)))
+        for ticket in taken.values():
+            ticket.steps = 1
+        self._deliver(drawn, list(taken.items()))
+
+    def _begin(self, rows: list[tuple[int, Ticket]]) -> Begun:
+        """Sends a step of these slots to the device, and what it draws to the host."""
+        slots = [slot for slot, _ in rows]
+        steps = self.steps[self._sampled(slots)]
+        steps.run(self._place(slots, steps))
+        for _, ticket in rows:
+            ticket.steps += 1
+        self.fetched.reverse()
+        drawn = self.fetched[0][: len(rows)]
+        drawn.copy_(self.drawn[: len(rows)], non_blocking=True)
+        ready = torch.cuda.Event() if self.device.type == "cuda" else None
+        if ready is not None:
+            ready.record()
+        return Begun(rows, drawn, ready)
+
+    def _deliver_begun(self) -> bool:
+        """Waits for the step that was begun last, if its tokens have not been delivered."""
+        begun, self.begun = self.begun, None
+        if begun is None:
+            return False
+        if begun.ready is not None:
+            begun.ready.synchronize()
+        self._deliver(begun.drawn, begun.rows)
+        return True
 
     def _sampled(self, slots: list[int]) -> bool:
         return any(self.active[slot].request.temperature > 0 for slot in slots)
@@ -248,9 +297,11 @@ class Service:
         record(tokens, logprobs, self.state, rows, self.sampling)
         return torch.stack((tokens.double(), logprobs.double(), self.state.finished[rows].double()), dim=1)
 
-    def _deliver(self, drawn: Tensor, slots: list[int]) -> None:  # (B, 3)
-        for slot, (number, logprob, ended) in zip(slots, drawn.tolist(), strict=True):
-            ticket, token = self.active[slot], int(number)
+    def _deliver(self, drawn: Tensor, rows: list[tuple[int, Ticket]]) -> None:  # (B, 3)
+        for (slot, ticket), (number, logprob, ended) in zip(rows, drawn.tolist(), strict=True):
+            if self.active.get(slot) is not ticket:
+                continue  # it ended or was cancelled after this step had begun
+            token = int(number)
             end: End | None = None
             if ended:
                 end = "stop" if token in self.sampling.stop_ids else "length"

@@ -18,10 +18,12 @@ from rlhf.inference.sampling import choose, choose_each, filtered
 from rlhf.inference.service import Drawn, Request, Service, Worker
 
 
-def service_of(model: Any, *, slots: int, stop: int | None = END, prefill_tokens: int = 64) -> Service:
+def service_of(model: Any, *, slots: int, stop: int | None = END, ahead: bool = False) -> Service:
     stops = () if stop is None else (stop,)
     decoder = decoder_of(model, tokens=POSITIONS)
-    return Service(decoder, slots=slots, tokens=POSITIONS, stop_ids=stops, pad_id=PAD, prefill_tokens=prefill_tokens, graphs=True)
+    service = Service(decoder, slots=slots, tokens=POSITIONS, stop_ids=stops, pad_id=PAD, prefill_tokens=64, graphs=True)
+    service.ahead = ahead
+    return service
 
 
 def request(prompt: Any, limit: int = 24, **changes: Any) -> Request:
@@ -60,13 +62,14 @@ def answer_all(service: Service, requests: list[Request]) -> list[Heard]:
     return heard
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
 @pytest.mark.parametrize("family", ["opt", "llama-gqa", "bloom"])
-def test_greedy_answers_are_those_of_transformers_however_they_come(family: str) -> None:
+def test_greedy_answers_are_those_of_transformers_however_they_come(family: str, ahead: bool) -> None:
     """23 requests on 5 slots, coming one by one in between steps."""
     model = noisy_model(family)
     prompts = mixed_prompts([3 + 5 * i % 17 for i in range(23)])
     stop = int(greedy_of_transformers(model, [prompts[0]], end=None, new_tokens=24)[0, 8])  # one that some answers have
-    service, order = service_of(model, slots=5, stop=stop), random.Random(0)
+    service, order = service_of(model, slots=5, stop=stop, ahead=ahead), random.Random(0)
     heard = [Heard() for _ in prompts]
     for prompt, hears in zip(prompts, heard, strict=True):
         service.submit(request(prompt), hears)
@@ -110,6 +113,19 @@ def test_rows_are_drawn_as_a_rollout_draws_them(seed: int, temperature: float, t
     torch.testing.assert_close(each[1], logprobs)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_idles_draws_some_token_whatever_its_logits_are(temperature: float) -> None:
+    """On a GPU nothing is computed for it, so that its logits are what was in memory."""
+    logits = torch.full((2, 40), torch.nan)
+    logits[1] = 0
+    uniform, row = torch.rand(2), torch.ones(2)
+    for tokens, _ in (
+        choose(logits, logits, uniform, temperature=temperature),
+        choose_each(logits, uniform, row * temperature, row.long() * 9, row * 0.9),
+    ):
+        assert ((tokens >= 0) & (tokens < 40)).all()
+
+
 def test_log_probabilities_are_those_of_a_full_pass() -> None:
     model = noisy_model("qwen2")
     [prompt] = mixed_prompts([7])
@@ -120,10 +136,12 @@ def test_log_probabilities_are_those_of_a_full_pass() -> None:
     torch.testing.assert_close(torch.tensor([d.logprob for d in hears.drawn]), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_cancelled_request_leaves_its_slot_and_the_others_alone() -> None:
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
+def test_a_cancelled_request_leaves_its_slot_and_the_others_alone(ahead: bool) -> None:
+    """The third takes the slot of the first, for which a step may be under way."""
     model = noisy_model("opt")
     first, second, third = mixed_prompts([5, 6, 7])
-    service, heard = service_of(model, slots=1, stop=None), [Heard(), Heard(), Heard()]
+    service, heard = service_of(model, slots=1, stop=None, ahead=ahead), [Heard(), Heard(), Heard()]
     tickets = [service.submit(request(p), h) for p, h in zip((first, second, third), heard, strict=True)]
     service.step()
     service.step()
@@ -132,7 +150,7 @@ def test_a_cancelled_request_leaves_its_slot_and_the_others_alone() -> None:
     while service.step():
         pass
     assert [h.end for h in heard] == ["cancelled", "cancelled", "length"]
-    assert len(heard[0].tokens) == 2 and heard[1].tokens == []
+    assert len(heard[0].tokens) == 2 - ahead and heard[1].tokens == []
     assert heard[2].tokens == answer_all(service_of(model, slots=1, stop=None), [request(third)])[0].tokens
     service.cancel(tickets[2])
     assert not service.step() and service.free == [0]
