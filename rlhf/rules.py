@@ -153,10 +153,16 @@ def _check_precision(cfg: Any) -> None:
     trainer = cfg.trainer
     if trainer.precision == "fp16" and trainer.accelerator == "cpu":
         raise UserError("trainer.precision=fp16 does not run on trainer.accelerator=cpu: use fp32 or bf16")
-    if trainer.accelerator == "cpu":
-        for name, role in roles(cfg).items():
-            if role.zero.quantized_weights:
-                raise UserError(f"{name}.zero.quantized_weights needs a GPU, but trainer.accelerator=cpu")
+    for name, role in roles(cfg).items():
+        if not role.zero.quantized_weights:
+            continue
+        if trainer.accelerator == "cpu":
+            raise UserError(f"{name}.zero.quantized_weights needs a GPU, but trainer.accelerator=cpu")
+        if trainer.precision != "fp16":
+            raise UserError(
+                f"{name}.zero.quantized_weights goes with trainer.precision=fp16 only, which is all that DeepSpeed quantises; got "
+                f"{trainer.precision}"
+            )
 
 
 def _check_rollout(cfg: Any) -> None:

@@ -147,6 +147,8 @@ def test_every_zero_option(verb: str, name: str) -> None:
         zero += [f"lora@{role}.lora=r128" for role in roles if role not in frozen]
         assert "needs a GPU" in refusal(verb, *zero)
         zero.append("trainer=gpu")
+        assert "trainer.precision=fp16 only" in refusal(verb, *zero)
+        zero.append("trainer.precision=fp16")
     accepted(verb, *zero)
     for role in frozen:
         stage = composed(verb, "run_dir=x", f"zero@{role}.zero={name}")[role]["zero"]["stage"]

@@ -28,6 +28,8 @@ CORES = "RLHF_CORES"
 """Environment variable: how many cores the ranks of a job share, where it is not all of them."""
 SCRIPTED = ("slurm", "hostfile")
 """Launchers for which the command only writes a script: the job finds its devices on other machines."""
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Environment variables that set PyTorch's allocator; only the second is known to all versions."""
 GRACE = 10.0
 """Seconds in which the other ranks may still end by themselves, with a message of their own, once one has failed."""
 
@@ -79,6 +81,9 @@ def prepare_rank(trainer: TrainerConfig) -> None:
     """Sets what must be set before the first import of deepspeed. Without rank variables this process becomes the only rank."""
     if accelerator(trainer) == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    elif not os.environ.keys() & set(ALLOCATOR):
+        # Phases of PPO want pieces of very different sizes: with fixed segments what they leave over adds up (experiments/planner_memory).
+        os.environ[ALLOCATOR[1]] = "expandable_segments:True"
     if "RANK" not in os.environ:
         os.environ |= rank_environment(0, 1, local_rank=0, per_node=1, address="127.0.0.1", port=free_port())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

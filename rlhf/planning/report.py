@@ -90,7 +90,7 @@ def caution(machine: Machine, work: Workload) -> str | None:
         return None
     return (
         f"{spare / 1e9:.1f} of {capacity / 1e9:.1f} GB to spare is little, as PyTorch's allocator can lose {TIGHT:.0%} in pieces: "
-        "smaller micro-batches leave more, and PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True may help"
+        "smaller micro-batches leave more"
     )
 
 

@@ -20,7 +20,9 @@ from rlhf.cli.rundir import claim
 from rlhf.config import UserError, build
 from rlhf.engines import launcher as launching
 from rlhf.engines.launcher import (
+    ALLOCATOR,
     RANK_VARIABLES,
+    prepare_rank,
     rank_environment,
     read_hostfile,
     render_hostfile,
@@ -35,6 +37,24 @@ Settings = tuple[TrainerConfig, LauncherConfig]
 def settings(*overrides: str) -> Settings:
     cfg = build(composed("sft", "run_dir=x", *overrides))
     return cfg.trainer, cfg.launcher
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "expected"),
+    [
+        ("cuda", {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ("cuda", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}),
+        ("cpu", {}, {}),
+    ],
+)
+def test_a_rank_on_a_gpu_has_segments_that_grow_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, kind: str, own: dict[str, str], expected: dict[str, str]
+) -> None:
+    kept = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
+    monkeypatch.setattr(os, "environ", kept | own)
+    monkeypatch.setattr(launching, "accelerator", lambda _: kind)
+    prepare_rank(settings()[0])
+    assert {name: os.environ[name] for name in ALLOCATOR if name in os.environ} == expected
 
 
 def script(file: Path, *lines: str) -> Path:

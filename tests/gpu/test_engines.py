@@ -105,25 +105,37 @@ def test_one_overflow_skips_both_steps_and_only_its_own_scale_falls(stage: int) 
     assert not any(torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
 
 
+QUANTISED = tuple(f"actor.model.shape.{key}" for key in ("hidden_size=768", "num_attention_heads=12", "num_key_value_heads=12"))
+"""DeepSpeed quantises tensors of more than half a million weights, such as 768 x 768."""
+OFFLOADED = (
+    "zero@actor.zero=z3_offload", "zero@critic.zero=z2_offload", "ppo.actor_optimizer.name=cpu_adam", "ppo.critic_optimizer.name=cpu_adam",
+)  # fmt: skip
 JOBS = {
     "bf16 stage 0": ("trainer.precision=bf16",),
     "bf16 stage 3": ("trainer.precision=bf16", "zero@actor.zero=z3", "zero@critic.zero=z3", "zero@ref.zero=z3", "zero@reward.zero=z3"),
     "fp16 stage 0": ("trainer.precision=fp16",),
     "fp16 stage 2": ("trainer.precision=fp16", "zero@actor.zero=z2", "zero@critic.zero=z2"),
-    "bf16 offload": (
-        "trainer.precision=bf16", "zero@actor.zero=z3_offload", "zero@critic.zero=z2_offload", "ppo.actor_optimizer.name=cpu_adam",
-        "ppo.critic_optimizer.name=cpu_adam",
-    ),
-    "bf16 mixz": ("trainer.precision=bf16", "zero@actor.zero=mixz", "lora@actor.lora=r8"),
-    "fp16 mixz": ("trainer.precision=fp16", "zero@actor.zero=mixz", "lora@actor.lora=r8"),
+    "bf16 offload": ("trainer.precision=bf16", *OFFLOADED),
+    "fp16 offload": ("trainer.precision=fp16", *OFFLOADED),
+    "fp16 mixz": ("trainer.precision=fp16", "zero@actor.zero=mixz", "lora@actor.lora=r8", *QUANTISED),
     "bf16 lora": ("trainer.precision=bf16", "lora@actor.lora=r8", "zero@actor.zero=z2", "actor.gradient_checkpointing=true"),
     "bf16 fused": ("trainer.precision=bf16", "ppo.actor_optimizer.name=fused_adam", "ppo.critic_optimizer.name=fused_adam"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_ppo_runs_and_starts_on_policy(name: str, tmp_path: Path) -> None:
+def test_ppo_runs_and_starts_on_policy(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Sharded
+
     from rlhf.cli.rank import run_rank
+
+    quantised, quantise = [], Sharded.quantize_nontrainable_params
+
+    def counted(optimizer: Any) -> None:
+        quantise(optimizer)
+        quantised.extend(p for p in optimizer.module.parameters() if hasattr(p.ds_tensor, "ds_quant_scale"))
+
+    monkeypatch.setattr(Sharded, "quantize_nontrainable_params", counted)
 
     job = composed(
         "ppo", "trainer=gpu", "model@actor.model=tiny", "model@critic.model=tiny", "model@reward.model=tiny", "data=pairs",
@@ -134,6 +146,7 @@ def test_ppo_runs_and_starts_on_policy(name: str, tmp_path: Path) -> None:
     )  # fmt: skip
     (tmp_path / "run").mkdir()
     run_rank(job)
+    assert bool(quantised) == ("mixz" in name)
     assert column(tmp_path / "run", "actor/ratio_first")[0] == pytest.approx(1.0, abs=0.02)
     assert abs(column(tmp_path / "run", "rollout/kl")[0]) < 0.02
     assert all(torch.isfinite(torch.tensor(column(tmp_path / "run", "critic/loss"))))
