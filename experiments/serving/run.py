@@ -74,6 +74,7 @@ def server(options: argparse.Namespace) -> float:
         body = {"model": name, "prompt": prompt, "max_tokens": options.tokens, "stream": True, "stream_options": {"include_usage": True}}
 
         rounds = speeds(address, body, clients=options.clients, tokens=options.tokens, rounds=1 + options.repeats)
+        print("tokens/s of each round, the first to warm up:", *(f"{speed:.0f}" for speed in rounds))
         return statistics.median(rounds[1:])
     finally:
         process.terminate()

@@ -112,7 +112,8 @@ class TorchOps:
             candidates = logits.masked_fill(early & stops, -torch.inf)
         if sampling.filters:
             candidates = filtered(candidates, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-        tokens, logprobs = choose(logits, candidates, uniforms(slots.seed, slots.sequences[rows], counts), temperature=sampling.temperature)
+        uniform = uniforms(slots.seed, slots.sequences[rows], counts) if sampling.temperature > 0 else None
+        tokens, logprobs = choose(logits, candidates, uniform, temperature=sampling.temperature)
         record(tokens, logprobs, slots, rows, sampling)
 
 

@@ -70,13 +70,13 @@ def filtered(logits: Tensor, *, temperature: float, top_k: int, top_p: float) ->
     return scores
 
 
-def choose(logits: Tensor, candidates: Tensor, uniform: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, candidates: Tensor, uniform: Tensor | None, *, temperature: float) -> tuple[Tensor, Tensor]:
     """Draws a token from `candidates` and gives its log-probability under `logits`.
 
     Args:
         logits: (B, V) of the model.
         candidates: (B, V) the same with what must not be drawn at -inf.
-        uniform: (B,) fp32.
+        uniform: (B,) fp32; nothing at a temperature of 0.
 
     Returns:
         (B,) int64 tokens; (B,) fp32 log-probabilities under softmax(logits / temperature), nothing left out (temperature 0: softmax(logits)).
@@ -85,6 +85,7 @@ def choose(logits: Tensor, candidates: Tensor, uniform: Tensor, *, temperature: 
     if temperature == 0:
         tokens = candidates.argmax(dim=-1)
     else:
+        assert uniform is not None
         sums = (candidates.float() / temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, V)
         total = sums[:, -1:]
         below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not carry the number past the last candidate

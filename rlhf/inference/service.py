@@ -7,6 +7,7 @@ rollout, settings are tensors with an entry a slot. S slots, B rows of a step, V
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.inference.arena import make_arena
 from rlhf.inference.decoder import Decoder
-from rlhf.inference.generate import upload
+from rlhf.inference.generate import REFILL, upload
 from rlhf.inference.graphs import Steps
 from rlhf.inference.reference import record
 from rlhf.inference.sampling import Sampling, choose_each, uniforms
@@ -27,6 +28,9 @@ from rlhf.inference.slots import Slots, cache_specs
 from rlhf.logging import log
 
 End = Literal["stop", "length", "cancelled", "failed"]
+
+GATHER = 0.01
+"""Seconds that a request may wait for others while answers are drawn: each pass over prompts stops all answers for about as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,7 @@ class Ticket:
     def __init__(self, request: Request, deliver: Deliver) -> None:
         self.request, self.deliver = request, deliver
         self.cancelled = False
+        self.since = time.monotonic()
         self.steps = 0
         """That were begun for it; each draws a token."""
 
@@ -92,7 +97,7 @@ class Service:
         Args:
             tokens: prompt and answer tokens that the cache holds for a request.
             prefill_tokens: of one prefill pass, padding included; a longer prompt goes alone.
-            graphs: on a GPU, steps are captured and replayed.
+            graphs: on a GPU, steps are captured and replayed. All are captured here: later another thread may use the GPU, which no capture bears.
         """
         embedding = decoder.weights.tensors["0.embed.weight"]
         self.decoder, self.slots, self.tokens, self.prefill_tokens, self.device = decoder, slots, tokens, prefill_tokens, embedding.device
@@ -104,9 +109,9 @@ class Service:
             self.device,
         )
         self.cache.map()
-        self.state = Slots.empty(slots, 1, self.device)
+        self.state = Slots.empty(slots, tokens, self.device)
         self.sampling = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_new_tokens=0, stop_ids=stop_ids, pad_id=pad_id)
-        """Only what it says of stopping counts."""
+        """Of steps in which no request is sampled; what it says of stopping holds for all."""
         self.temperature = torch.zeros(slots + 1, device=self.device)
         self.top_k = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
         self.top_p = torch.ones(slots + 1, device=self.device)
@@ -123,6 +128,10 @@ class Service:
         captures = graphs and self.device.type == "cuda"
         self.steps = {sampled: Steps(partial(self._decode, sampled=sampled), slots, graphs=captures) for sampled in (False, True)}
         """By whether a request of the step is sampled: drawing one costs a sort of the vocabulary."""
+        self.state.rows.fill_(slots)  # capturing runs a step, which must touch no request
+        for steps in self.steps.values():
+            for size in steps.sizes if captures else ():
+                steps.capture(size)
         self.waiting: deque[Ticket] = deque()
         self.active: dict[int, Ticket] = {}
         """Slot -> what is answered in it. Only the stepping thread touches it."""
@@ -208,12 +217,19 @@ class Service:
         taken: dict[int, Ticket] = {}
         widest = 0
         with self.changed:
+            if self.active and not self._enough_wait():
+                return taken
             while self.waiting and self.free:
                 widest = max(widest, len(self.waiting[0].request.prompt))
                 if taken and widest * (len(taken) + 1) > self.prefill_tokens:
                     break
                 taken[self.free.pop(0)] = self.waiting.popleft()
         return taken
+
+    def _enough_wait(self) -> bool:
+        """Whether it is time to let requests in, with answers under way that have to stop for it."""
+        enough = max(1, min(len(self.free), self.slots // REFILL))
+        return len(self.waiting) >= enough or bool(self.waiting) and time.monotonic() - self.waiting[0].since >= GATHER
 
     def _prefill(self, taken: dict[int, Ticket]) -> None:
         """Reads the prompts and draws the first token of each answer."""
@@ -276,10 +292,6 @@ class Service:
     def _place(self, slots: list[int], steps: Steps) -> int:
         """Makes these slots the first rows of a step, the others idle; returns the size of the step."""
         width = steps.width(len(slots))
-        if steps.missing(width):
-            self.state.rows.fill_(self.slots)  # capturing runs a step, which must touch no request
-            self.placed = []
-            steps.capture(width)
         wanted = slots + [self.slots] * (width - len(slots))
         if wanted != self.placed:
             self.state.rows[:width] = upload(wanted, self.device)
@@ -291,11 +303,12 @@ class Service:
         if sampled:
             uniform = uniforms(self.seeds[rows], torch.zeros_like(rows), self.state.counts[rows])
             tokens, logprobs = choose_each(logits, uniform, self.temperature[rows], self.top_k[rows], self.top_p[rows])
+            record(tokens, logprobs, self.state, rows, self.sampling)
         else:
-            tokens = logits.argmax(dim=-1)
-            logprobs = logits.float().log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
-        record(tokens, logprobs, self.state, rows, self.sampling)
-        return torch.stack((tokens.double(), logprobs.double(), self.state.finished[rows].double()), dim=1)
+            self.decoder.ops.draw(logits, self.state, rows, self.sampling)
+        state = self.state
+        drawn = (state.tokens[rows], state.logprobs[rows, state.counts[rows] - 1], state.finished[rows])  # of an idle row: whatever is there
+        return torch.stack([column.double() for column in drawn], dim=1)
 
     def _deliver(self, drawn: Tensor, rows: list[tuple[int, Ticket]]) -> None:  # (B, 3)
         for (slot, ticket), (number, logprob, ended) in zip(rows, drawn.tolist(), strict=True):

@@ -12,6 +12,7 @@ from decoders import END, PAD, POSITIONS, greedy_of_transformers, mixed_prompts,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf.inference import service as serving
 from rlhf.inference.build import decoder_of
 from rlhf.inference.families import UnsupportedFamily
 from rlhf.inference.sampling import choose, choose_each, filtered
@@ -154,6 +155,28 @@ def test_a_cancelled_request_leaves_its_slot_and_the_others_alone(ahead: bool) -
     assert heard[2].tokens == answer_all(service_of(model, slots=1, stop=None), [request(third)])[0].tokens
     service.cancel(tickets[2])
     assert not service.step() and service.free == [0]
+
+
+def test_requests_gather_while_an_answer_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of eight slots' worth, or whoever has waited long enough, or as many as there is room for."""
+    now = [0.0]
+    monkeypatch.setattr(serving.time, "monotonic", lambda: now[0])
+    service, prompts = service_of(noisy_model("opt"), slots=8, stop=None), mixed_prompts([5] * 12)
+
+    def busy(after: float, *more: Any) -> int:
+        now[0] += after
+        for prompt in more:
+            service.submit(request(prompt, limit=40), Heard())
+        service.step()
+        return len(service.active)
+
+    assert busy(0, prompts[0]) == 1, "nobody has to stop for it"
+    assert busy(0, prompts[1]) == 1
+    assert busy(serving.GATHER / 2) == 1
+    assert busy(serving.GATHER) == 2
+    assert busy(0, *prompts[2:4]) == 4
+    assert busy(0, *prompts[4:7]) == 7
+    assert busy(0, *prompts[7:9]) == 8 and len(service.waiting) == 1
 
 
 def test_what_does_not_fit_is_refused() -> None:
