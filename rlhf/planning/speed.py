@@ -6,6 +6,7 @@ Knows nothing of what fits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rlhf.config import UserError
@@ -104,10 +105,13 @@ class Clock:
         size = float(actor.parameters + actor.adapters) * work.element
         return copied + self.collective(size * (work.ranks - 1) / work.ranks, actor.network.layers) + self.from_host(actor, size)
 
-    def waves(self) -> float:
-        """How often the decoder's slots are filled."""
-        rows = self.work.batch * (self.work.tp if rollouts.fast(self.work) else 1)
-        return rows / rollouts.slots(self.work)
+    def waves(self) -> int:
+        """How often the decoder's slots are filled: answers of one length leave them together."""
+        return math.ceil(self.rows() / rollouts.slots(self.work))
+
+    def rows(self) -> int:
+        """Sequences that a rank's decoder answers in all."""
+        return self.work.batch * (self.work.tp if rollouts.fast(self.work) else 1)
 
     def prefill(self) -> float:
         """Prompts through the actor, each once however many answers it gets. A tensor-parallel group shares the work for all its prompts."""
@@ -121,7 +125,7 @@ class Clock:
     def decode(self) -> float:
         """Steps that read the weights and the live part of the cache, at its mean length."""
         work, net, tp = self.work, self.work.roles["actor"].network, self.work.tp
-        n = rollouts.slots(work)
+        n = self.rows() / self.waves()
         steps = max(0, work.answer - 1) * self.waves()
         head = net.vocab * net.embed_width
         weights = (net.multiplied + head) * work.element / tp
@@ -192,7 +196,7 @@ class Clock:
 
     def fetching(self, role: Role, passes: float) -> float:
         """The least that ZeRO-3's hooks take in so many passes, forward or backward."""
-        return passes * role.network.tensors(role.kind) * self.efficiency.zero3_tensor_us * MICRO if role.stage == 3 else 0.0
+        return passes * role.tensors * self.efficiency.zero3_tensor_us * MICRO if role.stage == 3 else 0.0
 
     # --- optimizer ---
 

@@ -70,17 +70,23 @@ class Role:
         return self.parameters - frozen + self.adapters
 
     @property
+    def adapter_tensors(self) -> int:
+        """Two for each adapted matrix."""
+        return 2 * sum(n for m, n in self.network.adapted if self.adapts(m))
+
+    @property
+    def tensors(self) -> int:
+        """Parameters as tensors, adapters among them."""
+        return self.network.tensors(self.kind) + self.adapter_tensors
+
+    @property
     def trained_tensors(self) -> int:
         """Parameters with gradients, as tensors."""
         if not self.trained:
             return 0
-        if self.lora is None:
-            return self.network.tensors(self.kind)
-        adapted = [(m, n) for m, n in self.network.adapted if self.adapts(m)]
-        pairs = 2 * sum(n for _, n in adapted)
-        if self.lora.only:
-            return pairs + (1 if self.kind == "scalar" else 0)
-        return self.network.tensors(self.kind) + pairs - sum(n * (2 if m.bias else 1) for m, n in adapted)
+        if self.lora is not None and self.lora.only:
+            return self.adapter_tensors + (1 if self.kind == "scalar" else 0)
+        return self.tensors - sum(n * (2 if m.bias else 1) for m, n in self.network.adapted if self.adapts(m))
 
     def adapts(self, matrix: Matrix) -> bool:
         """Whether LoRA adapts this matrix. A pattern (a string other than all-linear) is taken to mean every linear layer: an upper bound."""
