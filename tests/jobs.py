@@ -10,17 +10,20 @@ import csv
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from rlhf.cli.compose import conf_dir
-from rlhf.engines.launcher import free_port, rank_environment
+from rlhf.engines.launcher import RANK_VARIABLES, free_port, rank_environment
 
 
 def composed(verb: str, *overrides: str) -> dict[str, Any]:
@@ -51,6 +54,32 @@ def run_together(configs: list[dict[str, Any]], *, world: int) -> None:
         outputs = list(pool.map(lambda rank: rank.communicate(timeout=600)[0], ranks))
     for rank, output in zip(ranks, outputs, strict=True):
         assert rank.returncode == 0, output[-4000:]
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """This process as the only rank of a process group, none of which is left behind."""
+    import deepspeed
+    from deepspeed.utils import groups
+
+    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    os.environ |= rank_environment(0, 1, local_rank=0, per_node=1, address="127.0.0.1", port=free_port())
+    compiled = deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled
+    deepspeed.init_distributed("gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+        for name, value in list(vars(groups).items()):  # DeepSpeed keeps groups for later engines, and asks nobody whether they still are
+            if isinstance(value, torch.distributed.ProcessGroup):
+                setattr(groups, name, None)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = compiled
+        for name, known in before.items():
+            if known is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = known
 
 
 def column(run_dir: Path | str, name: str) -> list[float]:

@@ -21,6 +21,8 @@ from rlhf.planning.workload import Workload, workload
 HERE = Path(__file__).parents[1]
 ENGINES = ("dschat", "ours")
 PROTOCOL = ("experiment=dschat/ppo", "model@critic.model=opt-350m", "model@reward.model=opt-350m")
+BY_MODULE = tuple(f"{role}.zero.gather_layers=false" for role in ("actor", "critic", "ref", "reward"))
+"""ZeRO-3 as the original has it."""
 ADAPTERS = "lora@actor.lora=r128"
 
 
@@ -56,6 +58,7 @@ def question(hardware: str, model: str, engine: str) -> tuple[Workload, Machine,
         f"hardware={hardware}",
         f"model@actor.model={model}",
         ADAPTERS,
+        *(BY_MODULE if engine == "dschat" else ()),
     ]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config: Any = OmegaConf.to_container(compose("plan", words), resolve=True)

@@ -10,9 +10,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import deepspeed
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from rlhf.engines.config import EngineSpec, engine_config
+from rlhf.models.networks import Network
 
 
 def sharded_init(spec: EngineSpec) -> AbstractContextManager[object]:
@@ -21,6 +23,18 @@ def sharded_init(spec: EngineSpec) -> AbstractContextManager[object]:
         return nullcontext()
     # No dtype: the config says it. Given one, DeepSpeed 0.19 takes bf16 instead wherever the device has no fp16.
     return deepspeed.zero.Init(config_dict_or_path=engine_config(spec))
+
+
+def gather_by_layer(network: Network) -> None:
+    """ZeRO-3 makes all of a layer whole at once. To be called before the engine is made; see `ZeroConfig.gather_layers`.
+
+    DeepSpeed reduces a layer's gradients as soon as those of its inputs are there, or, where no input needs any, those of its outputs, which
+    is before there are any. So the first layer's input needs one, even where only adapters learn.
+    """
+    kinds = {type(layer) for layer in network.layers}
+    if kinds:
+        set_z3_leaf_modules(network, list(kinds))
+        network.model.enable_input_require_grads()
 
 
 def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[object]:

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from rlhf.config import UserError
 from rlhf.engines.config import EngineSpec, engine_config
-from rlhf.engines.gather import gathered, gathered_for_writing, sharded_init, whole
+from rlhf.engines.gather import gather_by_layer, gathered, gathered_for_writing, sharded_init, whole
 from rlhf.engines.optimizers import build_optimizer, build_scheduler
 from rlhf.engines.overflow import align_overflow, has_overflow, look_once, loss_scale, norm_scale
-from rlhf.models.networks import restore_rotary
+from rlhf.models.networks import Network, restore_rotary
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,11 @@ class RoleStrategy(DeepSpeedStrategy):
         self.optimizers = []
         self.barrier()
 
-    def _initialize(self, role: str, network: nn.Module, spec: EngineSpec) -> nn.Module:
+    def _initialize(self, role: str, network: Network, spec: EngineSpec) -> nn.Module:
         if spec.training is None and spec.stage == 0:
             return network.to(self.root_device)  # nothing to shard and nothing to learn: no engine
+        if spec.stage == 3 and spec.zero.gather_layers:
+            gather_by_layer(network)
         optimizer = scheduler = None
         if spec.training is not None:
             optimizer = build_optimizer(network, spec.training)

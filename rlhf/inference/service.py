@@ -229,7 +229,7 @@ class Service:
     def _enough_wait(self) -> bool:
         """Whether it is time to let requests in, with answers under way that have to stop for it."""
         enough = max(1, min(len(self.free), self.slots // REFILL))
-        return len(self.waiting) >= enough or bool(self.waiting) and time.monotonic() - self.waiting[0].since >= GATHER
+        return len(self.waiting) >= enough or (bool(self.waiting) and time.monotonic() - self.waiting[0].since >= GATHER)
 
     def _prefill(self, taken: dict[int, Ticket]) -> None:
         """Reads the prompts and draws the first token of each answer."""
@@ -307,7 +307,11 @@ class Service:
         else:
             self.decoder.ops.draw(logits, self.state, rows, self.sampling)
         state = self.state
-        drawn = (state.tokens[rows], state.logprobs[rows, state.counts[rows] - 1], state.finished[rows])  # of an idle row: whatever is there
+        drawn = (
+            state.tokens[rows],
+            state.logprobs[rows, state.counts[rows] - 1],
+            state.finished[rows],
+        )  # of an idle row: whatever is there
         return torch.stack([column.double() for column in drawn], dim=1)
 
     def _deliver(self, drawn: Tensor, rows: list[tuple[int, Ticket]]) -> None:  # (B, 3)

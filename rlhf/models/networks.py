@@ -32,6 +32,12 @@ class Network(nn.Module):
         super().__init__()
         self.model = model
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Of the backbone, in order: the outermost list of modules with as many as the config says."""
+        count = self.model.config.num_hidden_layers
+        return next((list(m) for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), [])
+
     def hidden(self, ids: Tensor, mask: Tensor, last: int) -> Tensor:
         """(B, T), (B, T) -> (B, last, D): the backbone's output at the last `last` columns. Columns of padding hold anything."""
         aligned, shift = left_aligned(ids, mask)

@@ -196,7 +196,11 @@ class Clock:
 
     def fetching(self, role: Role, passes: float) -> float:
         """The least that ZeRO-3's hooks take in so many passes, forward or backward."""
-        return passes * role.tensors * self.efficiency.zero3_tensor_us * MICRO if role.stage == 3 else 0.0
+        if role.stage != 3:
+            return 0.0
+        efficiency = self.efficiency
+        each = efficiency.zero3_layer_tensor_us if role.zero.gather_layers else efficiency.zero3_tensor_us
+        return passes * role.tensors * each * MICRO
 
     # --- optimizer ---
 

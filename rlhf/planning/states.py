@@ -133,11 +133,14 @@ def step_workspace(role: Role, work: Workload) -> float:
 
 
 def gather_buffer(role: Role, work: Workload) -> float:
-    """Whole parameters at once in a pass under ZeRO-3: as many as may be live, and the largest tensor on top. Nothing on one rank, whose
-    shard is the whole. An estimate: what is prefetched depends on the order of modules."""
+    """Whole parameters at once in a pass under ZeRO-3: as many as may be live, and the largest tensor or a layer on top. Nothing on one rank,
+    whose shard is the whole. An estimate: what is prefetched depends on the order of modules."""
     if role.stage != 3 or (work.ranks == 1 and not role.zero.offload_params):
         return 0.0
-    return work.element * min(float(role.parameters), float(role.zero.max_live_parameters + role.network.largest_tensor))
+    net, piece = role.network, float(role.network.largest_tensor)
+    if role.zero.gather_layers:
+        piece = max(piece, net.layer + role.adapters / net.layers)
+    return work.element * min(float(role.parameters + role.adapters), role.zero.max_live_parameters + piece)
 
 
 def pinned(size: float) -> float:

@@ -69,7 +69,9 @@ class EfficiencyConfig:
     pads_heads: bool
     """Decoding: attention works on heads as wide as the next power of two."""
     zero3_tensor_us: float
-    """ZeRO-3: microseconds that fetching and releasing takes for each tensor in a pass, however few ranks there are."""
+    """ZeRO-3 module by module: microseconds that fetching and releasing takes for each tensor in a pass, however few ranks there are."""
+    zero3_layer_tensor_us: float
+    """The same where a layer is made whole at once (`zero.gather_layers`)."""
     link: float
     """Share of the link between devices that a large collective reaches."""
     network: float
@@ -91,7 +93,7 @@ class EfficiencyConfig:
         require_in("overlap", self.overlap, 0, 1)
         costs = (
             "decode_layer_us", "hf_layer_us", "hf_adapter_us", "eager_layer_us", "logit_bytes", "logit_training_bytes", "adapter_moves", "gradient_tensor_us", "optimizer_tensor_us", "optimizer_extra_bytes",
-            "zero3_tensor_us", "collective_us", "iteration_ms",
+            "zero3_tensor_us", "zero3_layer_tensor_us", "collective_us", "iteration_ms",
         )  # fmt: skip
         for name in costs:
             require_in(name, getattr(self, name), 0)

@@ -12,14 +12,12 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import groups
-from jobs import composed
+from jobs import composed, one_rank
 from tiny import config
 
 from rlhf.config import build
 from rlhf.engines.config import EngineSpec, Training, engine_config
 from rlhf.engines.gather import gathered, gathered_for_writing, sharded_init
-from rlhf.engines.launcher import free_port, rank_environment
 from rlhf.engines.optimizers import build_optimizer
 from rlhf.engines.overflow import _scaler, align_overflow, gradients, has_overflow, look_once, loss_scale
 from rlhf.engines.strategy import RoleStrategy
@@ -28,19 +26,12 @@ from rlhf.models.factory import Blueprint, build_network
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process group of one rank, none of which is left behind; a CPU said to know fp16."""
-    for name, value in rank_environment(0, 1, local_rank=0, per_node=1, address="127.0.0.1", port=free_port()).items():
-        monkeypatch.setenv(name, value)
+    """One rank, on a CPU said to know fp16."""
     kind = type(get_accelerator())
     monkeypatch.setattr(kind, "is_fp16_supported", lambda _: True)
     monkeypatch.setattr(kind, "supported_dtypes", lambda _: [torch.float, torch.half, torch.bfloat16])
-    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)  # would be compiled
-    deepspeed.init_distributed("gloo")
-    yield
-    torch.distributed.destroy_process_group()
-    for name, value in list(vars(groups).items()):  # DeepSpeed keeps groups for later engines, and asks nobody whether they still are
-        if isinstance(value, torch.distributed.ProcessGroup):
-            setattr(groups, name, None)
+    with one_rank():
+        yield
 
 
 def engine_at(stage: int, precision: str = "fp16", *, offload: bool = False) -> Any:

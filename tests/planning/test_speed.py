@@ -20,7 +20,7 @@ from rlhf.planning.workload import Workload
 IDEAL: dict[str, Any] = {
     "training": 1.0, "forward": 1.0, "memory": 1.0, "decode_layer_us": 0.0, "decode_cache_passes": 1.0, "eager_layer_us": 0.0, "adapter_moves": 7.0, "hf_layer_us": 0.0, "hf_adapter_us": 0.0,
     "hf_cache_passes": 1.0, "logit_bytes": 0.0, "logit_training_bytes": 0.0,
-    "gradient_tensor_us": 0.0, "optimizer_tensor_us": 0.0, "optimizer_extra_bytes": 0.0, "pads_heads": False, "zero3_tensor_us": 0.0, "link": 1.0, "network": 1.0,
+    "gradient_tensor_us": 0.0, "optimizer_tensor_us": 0.0, "optimizer_extra_bytes": 0.0, "pads_heads": False, "zero3_tensor_us": 0.0, "zero3_layer_tensor_us": 0.0, "link": 1.0, "network": 1.0,
     "overlap": 0.0, "collective_us": 0.0, "host_link": 1.0, "host_adam_gbs": 30.0, "iteration_ms": 0.0,
 }  # fmt: skip
 HARDWARE = dataclasses.replace(
@@ -125,11 +125,17 @@ def test_tensors_that_learn_are_those_of_the_network(family: str, lora: str) -> 
 
 
 def test_zero_3_takes_at_least_the_time_of_its_hooks() -> None:
-    slow = dataclasses.replace(BEST, zero3_tensor_us=1e6)
-    work = job("zero@actor.zero=z3", "actor.gradient_checkpointing=true", "ppo.micro_batch_size=32", "ppo.score_micro_batch_size=16")
+    slow = dataclasses.replace(BEST, zero3_tensor_us=2e6, zero3_layer_tensor_us=1e6)
+    words = ("zero@actor.zero=z3", "actor.gradient_checkpointing=true", "ppo.micro_batch_size=32", "ppo.score_micro_batch_size=16")
+    work = job(*words)
     found = Clock(work, HARDWARE, slow)
     assert found.train(work.roles["actor"]) == pytest.approx(2 * 3 * 388)
     assert found.score(work.roles["actor"]) == pytest.approx(4 * 388)
+    by_module, adapted = job(*words, "actor.zero.gather_layers=false"), job(*words, "lora@actor.lora=r128_only")
+    assert Clock(by_module, HARDWARE, slow).score(by_module.roles["actor"]) == pytest.approx(4 * 388 * 2)
+    assert Clock(adapted, HARDWARE, slow).score(adapted.roles["actor"]) == pytest.approx(4 * (388 + 2 * 6 * 24)), (
+        "adapters are tensors, too"
+    )
     assert found.score(work.roles["ref"]) == clock(work).score(work.roles["ref"]), "not sharded"
 
 

@@ -90,7 +90,7 @@ def floor_plan(work: Workload, cfg: Any, rates: Rates) -> TimePlan:
     perfect = dataclasses.replace(
         cfg.bench.efficiency, training=1.0, forward=1.0, memory=1.0, decode_layer_us=0.0, decode_cache_passes=1.0, eager_layer_us=0.0, adapter_moves=0.0,
         hf_layer_us=0.0, hf_adapter_us=0.0, hf_cache_passes=1.0, logit_bytes=0.0, logit_training_bytes=0.0, gradient_tensor_us=0.0,
-        optimizer_tensor_us=0.0, optimizer_extra_bytes=0.0, pads_heads=False, zero3_tensor_us=0.0,
+        optimizer_tensor_us=0.0, optimizer_extra_bytes=0.0, pads_heads=False, zero3_tensor_us=0.0, zero3_layer_tensor_us=0.0,
         link=1.0, network=1.0, overlap=1.0, collective_us=0.0, host_link=1.0, iteration_ms=0.0,
     )  # fmt: skip
     # The matrix rate was measured in the run's precision; the planner takes a 16-bit rate and derives that of fp32.
