@@ -94,15 +94,17 @@ def choose(logits: Tensor, candidates: Tensor, uniform: Tensor | None, *, temper
     return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
-def choose_each(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """`filtered` and `choose` with settings of each row's own.
+def choose_each(
+    logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor | None = None, top_p: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`filtered` and `choose` with settings of each row's own. A row draws the same whether others filter or not.
 
     Args:
         logits: (B, V).
         uniform: (B,) fp32.
         temperature: (B,) fp32, 0: the most likely token.
-        top_k: (B,) int64, 0: off.
-        top_p: (B,) fp32, 1: off.
+        top_k: (B,) int64, 0: off. None: no row filters, which saves sorting the vocabulary.
+        top_p: (B,) fp32, 1: off. None together with `top_k`.
 
     Returns:
         (B,) int64 tokens; (B,) fp32 log-probabilities under softmax(logits / temperature), nothing left out (temperature 0: softmax(logits)).
@@ -110,6 +112,15 @@ def choose_each(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Ten
     scores = logits.float()
     greedy = temperature == 0
     warmth = torch.where(greedy, 1.0, temperature)[:, None]  # (B, 1)
+    candidates = scores if top_k is None or top_p is None else _filtered_each(scores, warmth, top_k, top_p)
+    drawn, _ = choose(logits, candidates / warmth, uniform, temperature=1.0)
+    tokens = torch.where(greedy, scores.argmax(dim=-1), drawn)
+    logprobs = (scores / warmth).log_softmax(dim=-1)
+    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+def _filtered_each(scores: Tensor, warmth: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """(B, V) fp32, (B, 1), (B,), (B,) -> (B, V), what may not be drawn at -inf."""
     ordered, index = scores.sort(dim=-1, descending=True)
     vocabulary = scores.shape[-1]
     last = torch.where(top_k > 0, top_k, vocabulary).clamp(max=vocabulary)[:, None] - 1  # (B, 1)
@@ -117,9 +128,4 @@ def choose_each(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Ten
     mass = (kept / warmth).softmax(dim=-1)
     outside = mass.cumsum(dim=-1) - mass >= top_p[:, None]
     outside &= (top_p < 1)[:, None]  # rounding of the sum cuts nothing off where nothing is to be cut
-    kept = kept.masked_fill(outside, -torch.inf)
-    candidates = torch.empty_like(scores).scatter(1, index, kept)
-    drawn, _ = choose(logits, candidates / warmth, uniform, temperature=1.0)
-    tokens = torch.where(greedy, scores.argmax(dim=-1), drawn)
-    logprobs = (scores / warmth).log_softmax(dim=-1)
-    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return torch.empty_like(scores).scatter(1, index, kept.masked_fill(outside, -torch.inf))

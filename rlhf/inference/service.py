@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from rlhf.inference.slots import Slots, cache_specs
 from rlhf.logging import log
 
 End = Literal["stop", "length", "cancelled", "failed"]
+
+Draw = Literal["greedy", "sampled", "filtered"]
+"""What a step must be able to do for its requests: each costs more than the one before, the last one a sort of the vocabulary."""
 
 GATHER = 0.01
 """Seconds that a request may wait for others while answers are drawn: each pass over prompts stops all answers for about as long."""
@@ -126,8 +129,7 @@ class Service:
         self.placed: list[int] = []
         """The slot of each row of a step."""
         captures = graphs and self.device.type == "cuda"
-        self.steps = {sampled: Steps(partial(self._decode, sampled=sampled), slots, graphs=captures) for sampled in (False, True)}
-        """By whether a request of the step is sampled: drawing one costs a sort of the vocabulary."""
+        self.steps = {draw: Steps(partial(self._decode, draw=draw), slots, graphs=captures) for draw in get_args(Draw)}
         self.state.rows.fill_(slots)  # capturing runs a step, which must touch no request
         for steps in self.steps.values():
             for size in steps.sizes if captures else ():
@@ -251,7 +253,7 @@ class Service:
         self.top_k[at], self.seeds[at] = top_k, seeds
         self.temperature[at] = torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=self.device)
         self.top_p[at] = torch.tensor([r.top_p for r in requests], dtype=torch.float32, device=self.device)
-        drawn = self._draw(logits, at, sampled=self._sampled(list(taken)))
+        drawn = self._draw(logits, at, self._kind(requests))
         for ticket in taken.values():
             ticket.steps = 1
         self._deliver(drawn, list(taken.items()))
@@ -259,7 +261,7 @@ class Service:
     def _begin(self, rows: list[tuple[int, Ticket]]) -> Begun:
         """Sends a step of these slots to the device, and what it draws to the host."""
         slots = [slot for slot, _ in rows]
-        steps = self.steps[self._sampled(slots)]
+        steps = self.steps[self._kind([ticket.request for _, ticket in rows])]
         steps.run(self._place(slots, steps))
         for _, ticket in rows:
             ticket.steps += 1
@@ -281,13 +283,16 @@ class Service:
         self._deliver(begun.drawn, begun.rows)
         return True
 
-    def _sampled(self, slots: list[int]) -> bool:
-        return any(self.active[slot].request.temperature > 0 for slot in slots)
+    def _kind(self, requests: list[Request]) -> Draw:
+        sampled = [request for request in requests if request.temperature > 0]
+        if any(request.top_k > 0 or request.top_p < 1 for request in sampled):
+            return "filtered"
+        return "sampled" if sampled else "greedy"
 
-    def _decode(self, size: int, *, sampled: bool) -> None:
+    def _decode(self, size: int, *, draw: Draw) -> None:
         rows = self.state.rows[:size]
         logits = self.decoder.step(self.cache.tensors["keys"], self.cache.tensors["values"], self.state, rows)
-        self.drawn[:size] = self._draw(logits, rows, sampled=sampled)
+        self.drawn[:size] = self._draw(logits, rows, draw)
 
     def _place(self, slots: list[int], steps: Steps) -> int:
         """Makes these slots the first rows of a step, the others idle; returns the size of the step."""
@@ -298,14 +303,15 @@ class Service:
             self.placed = wanted
         return width
 
-    def _draw(self, logits: Tensor, rows: Tensor, *, sampled: bool) -> Tensor:
+    def _draw(self, logits: Tensor, rows: Tensor, draw: Draw) -> Tensor:
         """(B, V), slots (B,) -> (B, 3) as `drawn`. One more token of each of these slots; nothing here waits for the GPU."""
-        if sampled:
-            uniform = uniforms(self.seeds[rows], torch.zeros_like(rows), self.state.counts[rows])
-            tokens, logprobs = choose_each(logits, uniform, self.temperature[rows], self.top_k[rows], self.top_p[rows])
-            record(tokens, logprobs, self.state, rows, self.sampling)
-        else:
+        if draw == "greedy":
             self.decoder.ops.draw(logits, self.state, rows, self.sampling)
+        else:
+            uniform = uniforms(self.seeds[rows], torch.zeros_like(rows), self.state.counts[rows])
+            filters = (self.top_k[rows], self.top_p[rows]) if draw == "filtered" else ()
+            tokens, logprobs = choose_each(logits, uniform, self.temperature[rows], *filters)
+            record(tokens, logprobs, self.state, rows, self.sampling)
         state = self.state
         drawn = (
             state.tokens[rows],
