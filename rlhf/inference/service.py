@@ -199,7 +199,10 @@ class Service:
             self.closed = True
             waiting, self.waiting = list(self.waiting), deque()
         for ticket in [*self.active.values(), *waiting]:
-            ticket.deliver(Drawn(None, 0.0, "failed"))
+            try:
+                ticket.deliver(Drawn(None, 0.0, "failed"))
+            except Exception as error:  # maybe what broke the step: the others hear of it all the same
+                log.error("a request could not be told that it failed", exc_info=error)
         for slot in list(self.active):
             self._release(slot)
 
@@ -215,7 +218,7 @@ class Service:
             ticket.deliver(Drawn(None, 0.0, "cancelled"))
 
     def _take(self) -> dict[int, Ticket]:
-        """Slot -> waiting request of one prefill pass."""
+        """Slot -> waiting request of one prefill pass; they are active from now on."""
         taken: dict[int, Ticket] = {}
         widest = 0
         with self.changed:
@@ -226,6 +229,7 @@ class Service:
                 if taken and widest * (len(taken) + 1) > self.prefill_tokens:
                     break
                 taken[self.free.pop(0)] = self.waiting.popleft()
+            self.active |= taken  # at once: whatever breaks or ends now, they hear of it
         return taken
 
     def _enough_wait(self) -> bool:
@@ -235,7 +239,6 @@ class Service:
 
     def _prefill(self, taken: dict[int, Ticket]) -> None:
         """Reads the prompts and draws the first token of each answer."""
-        self.active |= taken
         requests = [ticket.request for ticket in taken.values()]
         lengths = [len(request.prompt) for request in requests]
         at, sizes, limits, top_k, seeds = upload(
@@ -368,6 +371,7 @@ class Worker(threading.Thread):
             self.service.changed.notify_all()
         self.join(timeout)
         if self.is_alive():
-            for ticket in [*self.service.active.values(), *self.service.waiting]:
-                self.service.cancel(ticket)
+            with self.service.changed:  # none is on its way from one to the other
+                for ticket in [*self.service.active.values(), *self.service.waiting]:
+                    self.service.cancel(ticket)
             self.join()

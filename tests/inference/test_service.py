@@ -236,6 +236,61 @@ def test_a_step_that_breaks_ends_every_request(monkeypatch: pytest.MonkeyPatch) 
     assert not worker.service.busy
 
 
+def test_a_step_that_breaks_on_its_way_ends_those_who_have_just_come_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU what broke a step is heard of where its tokens are waited for: behind the choice of who comes next."""
+    service = service_of(noisy_model("opt"), slots=2, stop=None, ahead=True)
+    heard, prompts = [Heard(), Heard(), Heard()], mixed_prompts([4, 5, 6])
+    service.submit(request(prompts[0]), heard[0])
+    service.step()
+    service.step()
+    for prompt, hears in zip(prompts[1:], heard[1:], strict=True):
+        service.submit(request(prompt), hears)
+    monkeypatch.setattr(service, "_deliver", lambda *_: 1 / 0)
+    worker = Worker(service)
+    worker.start()
+    worker.join(timeout=30)
+    assert [hears.ended.is_set() and hears.end for hears in heard] == ["failed"] * 3
+
+
+def test_a_request_that_cannot_be_told_keeps_nobody_from_hearing() -> None:
+    service, hears = service_of(noisy_model("opt"), slots=2), Heard()
+
+    def broken(_: Drawn) -> None:
+        raise RuntimeError("the loop is closed")
+
+    service.submit(request([5, 6]), broken)
+    service.submit(request([7, 8]), hears)
+    worker = Worker(service)
+    worker.start()
+    worker.join(timeout=30)
+    assert hears.end == "failed" and len(service.free) == 2
+
+
+def test_closing_in_haste_reaches_one_that_is_just_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    service, heard = service_of(noisy_model("opt"), slots=2, stop=None, ahead=True), [Heard(), Heard()]
+    inside, go, deliver = threading.Event(), threading.Event(), service._deliver_begun
+    service.submit(request([5, 6], limit=POSITIONS - 2), heard[0])
+    service.step()
+    service.step()
+    service.submit(request([7, 8], limit=POSITIONS - 2), heard[1])
+
+    def slowly() -> bool:
+        inside.set()
+        go.wait(30)
+        return deliver()
+
+    monkeypatch.setattr(service, "_deliver_begun", slowly)
+    worker = Worker(service)
+    worker.start()
+    assert inside.wait(30)
+    closer = threading.Thread(target=worker.close, args=(0.0,))
+    closer.start()
+    closer.join(0.3)
+    go.set()
+    closer.join(30)
+    assert not worker.is_alive() and [hears.end for hears in heard] == ["cancelled"] * 2
+
+
 @pytest.mark.parametrize("timeout", [None, 0.0])
 def test_a_closed_worker_takes_nothing_more(timeout: float | None) -> None:
     """What it took would wait for ever."""
