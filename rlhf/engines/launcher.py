@@ -78,14 +78,22 @@ def accelerator_of_ranks(trainer: TrainerConfig, launcher: LauncherConfig) -> st
 
 
 def prepare_rank(trainer: TrainerConfig) -> None:
-    """Sets what must be set before the first import of deepspeed. Without rank variables this process becomes the only rank."""
-    if accelerator(trainer) == "cpu":
+    """Sets what must be set before the first import of deepspeed. Without rank variables this process becomes the only rank.
+
+    On GPUs "cuda" means this rank's own from now on: a reward function may load its model long before Lightning chooses the device.
+    """
+    kind = accelerator(trainer)
+    if kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     elif not os.environ.keys() & set(ALLOCATOR):
         # Phases of PPO want pieces of very different sizes: with fixed segments what they leave over adds up (experiments/planner_memory).
         os.environ[ALLOCATOR[1]] = "expandable_segments:True"
     if "RANK" not in os.environ:
         os.environ |= rank_environment(0, 1, local_rank=0, per_node=1, address="127.0.0.1", port=free_port())
+    if kind == "cuda":
+        import torch
+
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import deepspeed.ops
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from jobs import column, composed
 from tiny import write_pairs
 
@@ -53,8 +54,21 @@ def test_a_rank_on_a_gpu_has_segments_that_grow_unless_the_user_says_otherwise(
     kept = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
     monkeypatch.setattr(os, "environ", kept | own)
     monkeypatch.setattr(launching, "accelerator", lambda _: kind)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     prepare_rank(settings()[0])
     assert {name: os.environ[name] for name in ALLOCATOR if name in os.environ} == expected
+
+
+@pytest.mark.parametrize(("kind", "chosen"), [("cuda", [1]), ("cpu", [])])
+def test_what_a_rank_loads_before_training_goes_to_its_own_gpu(monkeypatch: pytest.MonkeyPatch, kind: str, chosen: list[int]) -> None:
+    """A scorer puts its model on "cuda" when it is built, which is before Lightning chooses the rank's device."""
+    devices: list[int] = []
+    rank = rank_environment(3, 4, local_rank=1, per_node=2, address="node-a", port=29500)
+    monkeypatch.setattr(os, "environ", dict(os.environ) | rank)
+    monkeypatch.setattr(launching, "accelerator", lambda _: kind)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    prepare_rank(settings()[0])
+    assert devices == chosen
 
 
 def script(file: Path, *lines: str) -> Path:
