@@ -50,25 +50,15 @@ class Decoder:
         """
         m, width = ids.shape
         at = torch.arange(width, device=ids.device).repeat(m)  # (M P,)
-        bias = self._bias(width, ids.device)
 
         def attend(index: int, layer: Layer, qkv: Tensor) -> Tensor:
             q, k, v = self.ops.heads(qkv, layer, self.positions, width, self.shape)
             self.ops.keep(k, v, keys[index], values[index], slots, prompts)
-            mask = None if bias is None else bias.to(q.dtype)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.shape.group > 1)
+            out = self.ops.attend_prompts(q, k, v, self.positions)
             return out.transpose(1, 2).flatten(0, 1).flatten(1)  # (M P, H hd)
 
         last = torch.arange(m, device=ids.device) * width + lengths - 1  # (M,)
         return self._forward(self._embed(ids.flatten(), at), attend, last)
-
-    def _bias(self, width: int, device: torch.device) -> Tensor | None:
-        """(1, H, P, P): ALiBi with the causal mask; None: the causal mask alone does."""
-        if self.positions.slopes is None:
-            return None
-        columns = torch.arange(width, device=device)
-        bias = self.positions.slopes[:, None, None] * columns  # a shift of a whole row changes no softmax
-        return bias.expand(-1, width, -1).masked_fill(columns > columns[:, None], -torch.inf).unsqueeze(0)
 
     # --- one token a row ---
 

@@ -65,6 +65,12 @@ class TorchOps:
         q, k, v = (x.unflatten(0, (-1, width)).transpose(1, 2) for x in heads_of(qkv, layer, positions, at, shape))
         return q, k, v
 
+    def attend_prompts(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
+        """Queries (M, H, P, hd), keys and values (M, K, P, hd) of whole prompts, padded on the right -> (M, H, P, hd)."""
+        if positions.slopes is not None:
+            return alibi_attention(q, k, v, positions.slopes)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1])
+
     def keep(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, prompts: Tensor) -> None:
         """Puts prompts' keys and values (M, K, P, hd) into the cache (S + 1, K, tokens, hd): slots[i] gets those of prompts[i]."""
         keys[slots, :, : k.shape[2]] = k[prompts]
@@ -88,15 +94,12 @@ class TorchOps:
         keys[rows, :, at] = k
         values[rows, :, at] = v
         longest = int(at.max()) + 1
-        columns = torch.arange(longest, device=q.device)
-        mask = torch.zeros(len(rows), 1, 1, longest, dtype=q.dtype, device=q.device)
-        mask = mask.masked_fill((columns > at[:, None])[:, None, None], -torch.inf)
+        unseen = (torch.arange(longest, device=q.device) > at[:, None])[:, None, None]  # (B, 1, 1, longest)
+        q, k, v = q.unsqueeze(2), keys[rows, :, :longest], values[rows, :, :longest]
         if positions.slopes is not None:
-            mask = mask + (positions.slopes[:, None, None] * columns).to(q.dtype)
-        out = F.scaled_dot_product_attention(
-            q.unsqueeze(2), keys[rows, :, :longest], values[rows, :, :longest], attn_mask=mask, enable_gqa=shape.group > 1
-        )
-        return out.flatten(1)
+            return _alibi(q, k, v, positions.slopes, unseen).flatten(1)
+        mask = torch.zeros_like(unseen, dtype=q.dtype).masked_fill(unseen, -torch.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shape.group > 1).flatten(1)
 
     def draw(self, logits: Tensor, slots: Slots, rows: Tensor, sampling: Sampling) -> None:
         """(B, V): draws each row's next token and writes it, its log-probability and what follows from it into the slots.
@@ -175,6 +178,34 @@ def alibi_slopes(heads: int) -> Tensor:
     slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
     slopes += [2.0 ** (-8.0 * i / (2 * power)) for i in range(1, 2 * (heads - power), 2)]
     return torch.tensor(slopes)
+
+
+ALIBI_SCORES = 2**27
+"""Scores of one layer in memory at once, at most."""
+
+
+def alibi_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    """Causal attention of whole prompts with ALiBi, as `TorchOps.attend_prompts`; some prompts at a time, as it writes all scores down."""
+    columns = torch.arange(q.shape[2], device=q.device)
+    unseen = columns > columns[:, None]  # (P, P)
+    step = max(1, ALIBI_SCORES // (q.shape[1] * q.shape[2] ** 2))
+    some = [slice(i, i + step) for i in range(0, len(q), step)]
+    return torch.cat([_alibi(q[at], k[at], v[at], slopes, unseen) for at in some])
+
+
+def _alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, unseen: Tensor) -> Tensor:
+    """(B, H, Q, hd), (B, K, T, hd) twice, and what a query does not see, (..., Q, T) -> (B, H, Q, hd).
+
+    In 16 bits BLOOM's training network rounds the bias, and then the score: at position 500 by up to 1 in bf16. Answers that were drawn without
+    would be another policy's.
+    """
+    if (group := q.shape[1] // k.shape[1]) > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    bias = (slopes[:, None] * torch.arange(k.shape[2], device=q.device)).to(q.dtype)  # (H, T): a shift of a whole row changes no softmax
+    b, h, width, hd = q.shape
+    flat = bias.repeat(b, 1).unsqueeze(1).expand(-1, width, -1)  # (B H, Q, T)
+    scores = torch.baddbmm(flat, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=hd**-0.5).unflatten(0, (b, h))
+    return scores.masked_fill_(unseen, -torch.inf).softmax(dim=-1) @ v
 
 
 def rotary(inv_freq: Tensor, scaling: float, *, tokens: int, head_dim: int) -> Positions:

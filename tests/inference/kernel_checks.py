@@ -144,6 +144,21 @@ def test_attend(name: str, dtype: torch.dtype, kernels: TritonOps) -> None:
         assert changed == [[slot, CACHED[slot]] for slot in range(1, len(CACHED))], "other places than the new token's were written"
 
 
+@pytest.mark.parametrize("kv_heads", [16, 1])
+def test_alibi_far_from_the_beginning_is_rounded_as_the_twin_rounds(kv_heads: int, kernels: TritonOps) -> None:
+    """In 16 bits neighbours' biases differ by less than what is rounded away."""
+    dtype, tokens = DTYPES[1], 1500
+    shape = shape_of(heads=16, kv_heads=kv_heads, positions="alibi")
+    positions, layer = Positions(slopes=alibi_slopes(16).to(DEVICE)), Layer(*[None] * 8)  # type: ignore[arg-type]
+    slots = slots_of([tokens - 1, 700])
+    qkv = random(2, shape.qkv_width, dtype=dtype)
+    caches = [random(3, kv_heads, tokens, 16, seed=s, dtype=dtype) for s in (3, 4)]
+    found, twin = (
+        ops.attend(qkv, *(cache.clone() for cache in caches), slots, slots.rows, layer, positions, shape).float() for ops in (kernels, TWIN)
+    )
+    assert (found - twin).abs().mean() < 0.01 * twin.abs().mean()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [name for name in ATTENTION if "alibi" not in name and "learned" not in name])
 def test_prefill_turns_heads_and_keeps_them(name: str, dtype: torch.dtype, kernels: TritonOps) -> None:

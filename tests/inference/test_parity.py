@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import decoders
 import pytest
 import torch
 from decoders import FAMILIES, NEW, PAD, full_forward_logprobs, generator_of, greedy_of_transformers, mixed_prompts, noisy_model
@@ -98,3 +99,14 @@ def test_sampled_answers_come_with_their_logprobs(oracle: Oracle) -> None:
     found = generator.generate(oracle.ids, samples=4, limits=FULL * 4, sequences=list(range(20)), seed=5)
     assert len(found.tokens.unique(dim=0)) == 20
     judged(found, oracle, oracle.prompts * 4, temperature=1.3)
+
+
+def test_alibi_in_16_bits_is_the_training_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BLOOM rounds its biases and scores: at position 300 neighbours' biases in bf16 are equal, or two apart. Answers drawn with exact ones
+    are another policy's."""
+    monkeypatch.setattr(decoders, "POSITIONS", 400)
+    model = noisy_model("bloom", noise=0.3, hidden_size=128, n_head=8).bfloat16()
+    prompts = mixed_prompts([330, 300])
+    generator = generator_of(model, slots=2, new_tokens=32, prefill_tokens=1024, temperature=1.0)
+    found = generator.generate([ids.tolist() for ids in prompts], samples=1, limits=[32] * 2, sequences=[0, 1], seed=1)
+    assert (found.logprobs - full_forward_logprobs(model, prompts, found.tokens)).abs().mean() < 0.025

@@ -53,6 +53,14 @@ def _appended(
 
 
 @triton.jit
+def _with_alibi(scores, slope, t, pointer):
+    """Scores with ALiBi's bias, each rounded to the stored type where the reference rounds."""
+    dtype = pointer.dtype.element_ty
+    bias = (slope * t).to(dtype).to(tl.float32)
+    return (scores + bias).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _one_head(
     qkv, keys, values, out, rows, lengths, finished, cos, sin, partner, slopes, q_norm, k_norm,
     width, slot_stride, head_stride, scale, eps,
@@ -75,10 +83,10 @@ def _one_head(
     q = _turned(base + h * HD, d, inside, q_norm, at, cos, sin, partner, eps, HD, ROTARY, NORM)
     key, value = base + (KV + h) * HD, base + (2 * KV + h) * HD
     k, v = _appended(key, value, keys + cache, values + cache, d, inside, k_norm, at, cos, sin, partner, eps, HD, ROTARY, NORM)
-    slope = 0.0
+    top = tl.sum(q * k) * scale
     if ALIBI:
         slope = tl.load(slopes + h)
-    top = tl.sum(q * k) * scale + slope * at
+        top = _with_alibi(top, slope, at, keys)
     total = 1.0
     acc = v.to(tl.float32)
     for start in range(0, at, BLOCK):
@@ -90,7 +98,7 @@ def _one_head(
         vb = tl.load(values + block, mask=both, other=0.0).to(tl.float32)
         scores = tl.sum(kb * q[None, :], axis=1) * scale
         if ALIBI:
-            scores += slope * t
+            scores = _with_alibi(scores, slope, t, keys)
         scores = tl.where(live, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores))
         fade = tl.exp(top - new_top)
@@ -130,10 +138,10 @@ def _head_group(
     for i in tl.static_range(GROUP):
         one = _turned(base + (h * GROUP + i) * HD, d, inside, q_norm, at, cos, sin, partner, eps, HD, ROTARY, NORM)
         q = tl.where((g == i)[:, None], one[None, :], q)
-    slope = tl.zeros((GROUP_PAD,), dtype=tl.float32)
+    top = tl.sum(q * k[None, :], axis=1) * scale
     if ALIBI:
         slope = tl.load(slopes + h * GROUP + g, mask=g < GROUP, other=0.0)
-    top = tl.sum(q * k[None, :], axis=1) * scale + slope * at
+        top = _with_alibi(top, slope, at, keys)
     total = tl.full((GROUP_PAD,), 1.0, dtype=tl.float32)
     acc = tl.zeros((GROUP_PAD, HD_PAD), dtype=tl.float32) + v.to(tl.float32)[None, :]
     qs = q.to(dtype)
@@ -144,7 +152,9 @@ def _head_group(
         block = cache + t[:, None] * HD + d[None, :]
         kb = tl.load(keys + block, mask=both, other=0.0)
         vb = tl.load(values + block, mask=both, other=0.0)
-        scores = tl.dot(qs, tl.trans(kb), input_precision="ieee") * scale + slope[:, None] * t[None, :]
+        scores = tl.dot(qs, tl.trans(kb), input_precision="ieee") * scale
+        if ALIBI:
+            scores = _with_alibi(scores, slope[:, None], t[None, :], keys)
         scores = tl.where(live[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         fade = tl.exp(top - new_top)
