@@ -86,11 +86,13 @@ def choose(logits: Tensor, candidates: Tensor, uniform: Tensor | None, *, temper
         tokens = candidates.argmax(dim=-1)
     else:
         assert uniform is not None
-        sums = (candidates.float() / temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, V)
-        total = sums[:, -1:]
+        mass = (candidates.float() / temperature).softmax(dim=-1)
+        # A GPU adds in an order that depends on the column, so that sums between two candidates may differ by a rounding: only candidates count.
+        sums = mass.cumsum(dim=-1).masked_fill_(mass == 0, 0.0)  # (B, V)
+        total = sums.amax(dim=-1, keepdim=True)
         below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not carry the number past the last candidate
-        tokens = torch.searchsorted(sums, torch.minimum(uniform.unsqueeze(1) * total, below), right=True).squeeze(1)
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # an idle row's logits may be anything, NaN among it, and it draws all the same
+        # The first whose sum passes the number. An idle row's logits may be anything, NaN among it: it draws the first token.
+        tokens = (sums > torch.minimum(uniform.unsqueeze(1) * total, below)).int().argmax(dim=-1)
     return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from rlhf.inference.arena import make_arena
 from rlhf.inference.build import decoder_of
 from rlhf.inference.kernels.ops import TritonOps
+from rlhf.inference.sampling import choose
 from rlhf.inference.service import Request, Service
 
 pytestmark = pytest.mark.gpu
@@ -105,6 +106,18 @@ def noisy_model_like(model: Any, family: str) -> Any:
     for target, source in zip(exact.parameters(), model.parameters(), strict=True):
         target.copy_(source)
     return exact
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_only_candidates_are_drawn_wherever_a_number_falls(rows: int) -> None:
+    """Numbers that equal the running sum somewhere between two candidates, where the card's sums may go up and down by a rounding."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, 50_000, generator=generator).to(CARD)
+    candidates = logits.masked_fill((torch.rand(rows, 50_000, generator=generator) < 0.99).to(CARD), -torch.inf)
+    sums = candidates.softmax(dim=-1).cumsum(dim=-1)
+    for at in range(0, 50_000, 250):
+        tokens, _ = choose(logits, candidates, sums[:, at] / sums[:, -1], temperature=1.0)
+        assert candidates.gather(1, tokens[:, None]).isfinite().all(), at
 
 
 def test_an_arena_keeps_its_addresses_and_gives_its_memory_back() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from rlhf.inference.reference import TorchOps
-from rlhf.inference.sampling import filtered, uniforms
+from rlhf.inference.sampling import choose, filtered, uniforms
 from rlhf.inference.slots import Slots
 
 DRAWS = 20_000
@@ -112,6 +112,17 @@ def test_a_token_without_probability_is_never_drawn() -> None:
     logits[[2, 5]] = torch.tensor([0.0, 0.1])
     for seed in range(5):
         assert set(draws(logits=logits, seed=seed).tokens[:DRAWS].tolist()) == {2, 5}
+
+
+def test_no_rounding_of_a_sum_draws_what_may_not_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's running sums may fall by a rounding between two candidates, and end below their largest."""
+    candidates = torch.tensor([[0.3, 0.0, 0.0, 0.7, 0.0]]).log()
+    sums = torch.tensor([[0.3, 0.3, 0.3 + 9e-8, 1.0, 1.0 - 1e-7]])
+    monkeypatch.setattr(Tensor, "cumsum", lambda *_, **__: sums.clone())
+    for step in range(-20, 20):
+        for uniform in (0.3 + step * 3e-8, 1 - 2.0**-24 * (20 + step)):
+            tokens, _ = choose(candidates, candidates, torch.tensor([uniform]), temperature=1.0)
+            assert tokens.item() in (0, 3), uniform
 
 
 def test_the_last_token_of_an_answer_finishes_it_and_later_draws_change_nothing() -> None:
