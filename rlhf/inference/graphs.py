@@ -54,7 +54,8 @@ class Steps:
             self.step(size)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # What other threads do meanwhile (a loader pins memory, a server judges an answer) is theirs: by default it would break the capture.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             self.step(size)
         torch.cuda.synchronize()
         self.graphs[size] = graph

@@ -100,7 +100,7 @@ class Service:
         Args:
             tokens: prompt and answer tokens that the cache holds for a request.
             prefill_tokens: of one prefill pass, padding included; a longer prompt goes alone.
-            graphs: on a GPU, steps are captured and replayed. All are captured here: later another thread may use the GPU, which no capture bears.
+            graphs: on a GPU, steps are captured and replayed. All are captured here, so that no request waits for it.
         """
         embedding = decoder.weights.tensors["0.embed.weight"]
         self.decoder, self.slots, self.tokens, self.prefill_tokens, self.device = decoder, slots, tokens, prefill_tokens, embedding.device

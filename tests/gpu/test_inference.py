@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,36 @@ def test_captured_steps_run_again_after_the_memory_was_away(drops: bool) -> None
         assert found.tokens.tolist() == plain.tokens.tolist(), step
         assert found.counts.tolist() == LIMITS
     assert found.tokens.tolist() != first.tokens.tolist()
+
+
+def test_a_capture_bears_what_other_threads_do() -> None:
+    """As a loader with workers pins batches, and a server judges answers, while steps are captured."""
+    model = noisy_model("llama-gqa", **WIDE).to(CARD)
+    plain = generate(generator_of(model, slots=4, new_tokens=NEW, ops=TritonOps()))
+    done, broken, kept = threading.Event(), [], []
+
+    def busy() -> None:
+        try:
+            while not done.is_set() and len(kept) < 10_000:
+                kept.append(torch.ones(1 << 16, dtype=torch.uint8).pin_memory())
+                (torch.ones(len(kept) << 8, device=CARD) * 2).sum().item()
+        except Exception as error:
+            broken.append(error)
+
+    threads = [threading.Thread(target=busy) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        generator = generator_of(model, slots=32, new_tokens=NEW, ops=TritonOps(), graphs=True)
+        generator.state.rows.fill_(generator.slots)
+        for size in generator.steps.sizes:
+            generator.steps.capture(size)
+        found = generate(generator)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not broken and found.tokens.tolist() == plain.tokens.tolist()
 
 
 def test_requests_that_come_and_go_get_the_same_answers_with_graphs() -> None:
