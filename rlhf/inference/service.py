@@ -206,6 +206,13 @@ class Service:
         for slot in list(self.active):
             self._release(slot)
 
+    def release(self) -> None:
+        """Gives back the cache, the copied weights and the captured steps. Nothing may be on its way or come any more."""
+        for steps in self.steps.values():
+            steps.drop()
+        self.cache.close()
+        self.decoder.weights.close()
+
     def _drop_cancelled(self) -> None:
         with self.changed:
             gone = [ticket for ticket in self.waiting if ticket.cancelled]

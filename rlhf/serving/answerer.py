@@ -5,6 +5,7 @@ Knows tokens, text and the service that draws them; knows no terminal and no net
 
 from __future__ import annotations
 
+import gc
 import queue
 import random
 from collections.abc import Iterator
@@ -90,25 +91,35 @@ class Answerer:
             slots: conversations answered at once.
 
         Raises:
-            UserError: there is no such checkpoint, or nothing here can run it.
+            UserError: there is no such checkpoint, nothing here can run it, or it does not fit.
         """
         self.folder = export_of(checkpoint, key)
         self.device = _device(device)
         self.dtype = DTYPES.get(dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        try:
+            service = self._service(f"{key}={checkpoint}", context, slots)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{key}={checkpoint} does not fit on the GPU with a cache of {slots} conversations: {str(error).splitlines()[0]}; lower "
+                "chat.context or chat.server.slots, or set chat.device=cpu"
+            ) from error
+        self.worker = Worker(service)
+        self.worker.start()
+
+    def _service(self, named: str, context: int | None, slots: int) -> Service:
         model, self.tokenizer = load_policy(self.folder, device=self.device, dtype=self.dtype)
         self.template = ChatTemplate(self.tokenizer)
         self.context = _context(model.config, context)
         try:
             decoder = decoder_of(model, tokens=self.context)
         except UnsupportedFamily as error:
-            raise UserError(f"{key}={checkpoint} cannot be chatted with: {error}; there are {', '.join(FAMILIES)}") from error
-        self.worker = Worker(
-            Service(
-                decoder, slots=slots, tokens=self.context, stop_ids=_stop_ids(model, self.tokenizer),
-                pad_id=self.tokenizer.pad_token_id or 0, graphs=True,
-            )
-        )  # fmt: skip
-        self.worker.start()
+            raise UserError(f"{named} cannot be chatted with: {error}; there are {', '.join(FAMILIES)}") from error
+        stop_ids = _stop_ids(model, self.tokenizer)
+        del model  # of weights that the decoder holds in another layout, one copy is enough
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the cache is not PyTorch's allocator's
+        return Service(decoder, slots=slots, tokens=self.context, stop_ids=stop_ids, pad_id=self.tokenizer.pad_token_id or 0, graphs=True)
 
     def room(self, options: ReplyConfig) -> int:
         """Tokens that are kept free for a reply: what is asked for, but never more than half of the context."""
@@ -148,8 +159,10 @@ class Answerer:
             raise RuntimeError("the model has stopped answering") from (self.worker.error or closed)
 
     def close(self, timeout: float | None = 0.0) -> None:
-        """Ends the thread. What is on its way is cut off after `timeout` seconds; None waits for it."""
+        """Ends the thread and gives the memory back. What is on its way is cut off after `timeout` seconds; None waits for it."""
         self.worker.close(timeout)
+        if self.worker.error is None:  # a device that broke gives nothing back
+            self.worker.service.release()
 
 
 def export_of(checkpoint: str, key: str) -> Path:

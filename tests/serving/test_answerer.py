@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from tiny import save_causal
 from transformers import AutoModelForCausalLM
 
 from rlhf.config import UserError
+from rlhf.inference.arena import mapped_memory
+from rlhf.inference.service import Service
+from rlhf.serving import answerer as answering
 from rlhf.serving.answerer import Answerer, Piece
 from rlhf.serving.conversation import ChatTemplate, Message
 from rlhf.serving.judge import Judge
@@ -87,6 +92,40 @@ def test_a_closed_model_says_so(answerer: Answerer) -> None:
     answerer.close()
     with pytest.raises(RuntimeError, match="stopped answering"):
         answerer.reply(ASKED, GREEDY)
+
+
+def test_of_a_weight_in_another_layout_there_is_one_copy_and_all_is_given_back(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache takes what the card has left, so that the network must be gone by then."""
+    loaded: list[Any] = []
+    load = answering.load_policy
+
+    def remembered(*args: Any, **options: Any) -> Any:
+        model, tokenizer = load(*args, **options)
+        loaded.append(weakref.ref(model))
+        return model, tokenizer
+
+    class Looking(Service):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            assert loaded[0]() is None
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(answering, "load_policy", remembered)
+    monkeypatch.setattr(answering, "Service", Looking)
+    before = mapped_memory.now
+    one = Answerer(str(policy), context=None, slots=2, device="cpu", dtype="fp32")
+    assert list(one.reply(ASKED, GREEDY))[-1].end is not None and mapped_memory.now > before
+    one.close()
+    assert mapped_memory.now == before
+    one.close()
+
+
+def test_what_does_not_fit_on_a_card_is_refused(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("the GPU has no 8.00 GB free")
+
+    monkeypatch.setattr(answering, "Service", full)
+    with pytest.raises(UserError, match=r"does not fit on the GPU with a cache of 32 conversations: .*8.00 GB free; lower chat\.context"):
+        Answerer(str(policy), context=None, slots=32, device="cpu", dtype="fp32")
 
 
 def test_what_cannot_answer_is_refused(tmp_path: Path, policy: Path) -> None:
