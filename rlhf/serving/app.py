@@ -47,9 +47,12 @@ class Mail:
 
         def drop(drawn: Drawn) -> None:
             self.letters.append((heard, drawn))
-            if not self.on_its_way and self.loop is not None and not self.loop.is_closed():
+            if not self.on_its_way and self.loop is not None:
                 self.on_its_way = True
-                self.loop.call_soon_threadsafe(self._bring)
+                try:
+                    self.loop.call_soon_threadsafe(self._bring)
+                except RuntimeError:  # the server has ended, maybe just now, and nobody listens: no reason for the model's thread to break
+                    self.on_its_way = False
 
         return drop
 
