@@ -40,7 +40,7 @@ from rlhf.engines.config import EngineSpec, Training
 from rlhf.engines.launcher import accelerator
 from rlhf.engines.strategy import RoleStrategy
 from rlhf.logging import log
-from rlhf.models.factory import Blueprint, check_adapters
+from rlhf.models.factory import Blueprint, check_buildable
 from rlhf.models.source import EXPORTS, find_export, network_config, weights_folder
 from rlhf.modules.base import RoleModule
 from rlhf.settings import OptimizerConfig, RoleConfig, SchedulerConfig, ZeroConfig
@@ -124,18 +124,20 @@ class Job:
             like: the role whose model, dropout and so on are taken, for a role that only copies it.
 
         Raises:
-            UserError: its adapters cannot be put where they are asked for.
+            UserError: its shape makes no network, or its adapters cannot be put where they are asked for.
         """
         settings: RoleConfig = getattr(self.cfg, like or role)
         folder = weights_folder(settings.model, self.init_folder(role))
         tokenizer = self._tokenizer
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end_of_turn_id(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-        config = network_config(settings.model, folder, dropout=settings.dropout, vocab_size=len(tokenizer), ids=ids)
+        config = network_config(
+            settings.model, folder, key=f"{like or role}.model", dropout=settings.dropout, vocab_size=len(tokenizer), ids=ids
+        )
         blueprint = Blueprint(
             kind=kind, config=config, folder=folder, lora=settings.lora if trained else None,  # type: ignore[arg-type]
             gradient_checkpointing=settings.gradient_checkpointing and trained, dtype=DTYPES[self.cfg.trainer.precision],
         )  # fmt: skip
-        check_adapters(blueprint, like or role)
+        check_buildable(blueprint, like or role)
         return blueprint
 
     def frozen_engine(self, zero: ZeroConfig) -> EngineSpec:

@@ -21,7 +21,7 @@ from rlhf.config import UserError
 from rlhf.logging import log
 from rlhf.models.lora import Gather, add_adapters, init_adapters
 from rlhf.models.networks import CausalLM, Network, ScalarModel, init_scalar_head
-from rlhf.models.source import read_tensors
+from rlhf.models.source import read_tensors, said
 from rlhf.settings import LoraConfig
 
 PUBLISHED_NAMES = {"embed_out.weight": "lm_head.weight"}
@@ -65,18 +65,28 @@ def build_network(blueprint: Blueprint, *, sharded: AbstractContextManager[objec
     return network.train()
 
 
-def check_adapters(blueprint: Blueprint, role: str) -> None:
-    """Refuses what `build_network` would, before anything is loaded: layers of the user's choice that cannot have an adapter.
+def check_buildable(blueprint: Blueprint, role: str) -> None:
+    """Refuses what `build_network` would, before anything is loaded: a shape that makes no network, and layers of the user's choice that
+    cannot have an adapter.
 
     Raises:
         UserError: names the key of the role.
     """
-    if blueprint.lora is None or blueprint.lora.rank == 0 or blueprint.lora.target_modules == "all-linear":
+    chosen = blueprint.lora is not None and blueprint.lora.rank > 0 and blueprint.lora.target_modules != "all-linear"
+    if blueprint.folder is not None and not chosen:
         return
     with torch.device("meta"):
-        model = _empty(blueprint)
         try:
-            add_adapters(model, blueprint.lora, scalar=blueprint.kind == "scalar")
+            model = _empty(blueprint)
+        except UserError:
+            raise
+        except Exception as error:  # each family has a way of its own
+            family = blueprint.config.model_type
+            raise UserError(f"{role}.model.shape makes no network of the family {family}: {said(error)}") from error
+        if not chosen:
+            return
+        try:
+            add_adapters(model, blueprint.lora, scalar=blueprint.kind == "scalar")  # type: ignore[arg-type]
         except UserError as error:
             raise UserError(f"{role}.{error}") from error
 

@@ -82,12 +82,13 @@ def weights_folder(model: ModelConfig, init: Path | None) -> Path | None:
 
 
 def network_config(
-    model: ModelConfig, folder: Path | None, *, dropout: float | None, vocab_size: int, ids: dict[str, int | None]
+    model: ModelConfig, folder: Path | None, *, key: str, dropout: float | None, vocab_size: int, ids: dict[str, int | None]
 ) -> PretrainedConfig:
     """The transformers config of a role.
 
     Args:
         folder: weights to start from; their config.json wins over `model.shape`.
+        key: of the model, `actor.model`, for messages.
         dropout: overrides every dropout of the config where it is not None.
         vocab_size: tokens of the tokenizer. A vocabulary that is too small grows to a multiple of 8 (tensor cores; DeepSpeed-Chat's rule);
             one built from a shape takes that size exactly.
@@ -102,7 +103,7 @@ def network_config(
             config = AutoConfig.from_pretrained(folder)
         except Exception as error:
             raise UserError(
-                f"model {model.name}: {folder / 'config.json'} is no configuration that transformers knows: {_said(error)}"
+                f"model {model.name}: {folder / 'config.json'} is no configuration that transformers knows: {said(error)}"
             ) from error
         if config.vocab_size < vocab_size:
             config.vocab_size = rounded
@@ -110,7 +111,7 @@ def network_config(
         shape = {key: value for key, value in model.shape.items() if not key.endswith("_token_id")}
         if (model.tokenizer is not None and model.tokenizer.startswith("train:")) or shape["vocab_size"] < vocab_size:
             shape["vocab_size"] = rounded
-        config = _config_of_shape(model, shape)
+        config = _config_of_shape(model, shape, key)
     if dropout is not None:
         for name in DROPOUTS:
             if hasattr(config, name):
@@ -121,26 +122,63 @@ def network_config(
     return config
 
 
-def _config_of_shape(model: ModelConfig, shape: dict[str, Any]) -> PretrainedConfig:
+def _config_of_shape(model: ModelConfig, shape: dict[str, Any], key: str) -> PretrainedConfig:
     """
     Raises:
-        UserError: names `model.family` or `model.shape`.
+        UserError: names the family or the shape.
     """
     if model.family not in CONFIG_MAPPING:
         similar = nearest(str(model.family), CONFIG_MAPPING)
-        raise UserError(f"model.family={model.family} (model {model.name}): transformers knows no such family{similar}")
+        raise UserError(f"{key}.family={model.family} (model {model.name}): transformers knows no such family{similar}")
     try:
         config = AutoConfig.for_model(model.family, **shape)
     except Exception as error:  # each family has checks of its own
-        raise UserError(f"model.shape (model {model.name}) is none that the family {model.family} can have: {_said(error)}") from error
-    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    if width and heads and getattr(config, "head_dim", None) is None and width % heads:  # others find it once they are built
-        raise UserError(f"model.shape (model {model.name}): hidden_size={width} does not divide by num_attention_heads={heads}")
+        raise UserError(f"{key}.shape (model {model.name}) is none that the family {model.family} can have: {said(error)}") from error
+    _check_keys(config, model, shape, key)
+    _check_heads(config, f"{key}.shape (model {model.name})")
     return config
 
 
-def _said(error: Exception) -> str:
+def _check_keys(config: PretrainedConfig, model: ModelConfig, shape: dict[str, Any], key: str) -> None:
+    """
+    Raises:
+        UserError: the family has no such key: transformers would keep it, and nothing would read it. One that is null or false asks for
+            nothing.
+    """
+    known = sorted(set(vars(type(config)())) | set(config.attribute_map))
+    for name, value in shape.items():
+        if value is not None and value is not False and name not in known and not hasattr(type(config), name):
+            raise UserError(f"{key}.shape.{name} (model {model.name}): the family {model.family} has no such key{nearest(name, known)}")
+
+
+def _check_heads(config: PretrainedConfig, where: str) -> None:
+    """What families find only when a network of theirs is built, or when it reads its first tokens.
+
+    Raises:
+        UserError: the width of a head is no whole number, query heads do not share their keys evenly, or what is rotated is odd.
+    """
+    width, heads, kv = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    if not width or not heads:
+        return
+    head = getattr(config, "head_dim", None)
+    if head is None and width % heads:
+        raise UserError(f"{where}: hidden_size={width} does not divide by num_attention_heads={heads}")
+    if kv and heads % kv:
+        raise UserError(f"{where}: num_attention_heads={heads} does not divide by num_key_value_heads={kv}")
+    head = head or width // heads
+    rotated = getattr(config, "rotary_dim", None)
+    if rotated is None and (rope := getattr(config, "rope_parameters", None)) is not None and "rope_type" in rope:
+        rotated = int(head * rope.get("partial_rotary_factor", 1.0))
+    if rotated is not None and (rotated % 2 or rotated > head):
+        raise UserError(
+            f"{where}: {rotated} elements of a head of {head} are rotated, which must be an even number and no more than it has"
+        )
+
+
+def said(error: Exception) -> str:
     """The last of the lines in which a check of transformers complains, which says what is wrong."""
+    if isinstance(error, KeyError):
+        return f"it knows no {error}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"^\w+Error: ", "", lines[-1].strip())
 

@@ -10,6 +10,14 @@ from typing import Any, Literal
 
 from rlhf.settings.ranges import require, require_at_least_one, require_in
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Keys that every shape has."""
+MORE_SIZES = (
+    "num_key_value_heads", "intermediate_size", "ffn_dim", "n_inner", "word_embed_proj_dim", "max_position_embeddings", "head_dim", "rotary_dim",
+    "window_size",
+)  # fmt: skip
+"""Keys that some families have; null leaves one to the family."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -31,8 +39,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(self.path is not None or not self.pretrained, f"pretrained=true needs a path ({self.name} has none)")
-        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        for key in SIZES:
             require(key in self.shape, f"shape.{key} is missing")
+        for key in (*SIZES, *(key for key in MORE_SIZES if self.shape.get(key) is not None)):
+            size = self.shape[key]
+            require(isinstance(size, int) and not isinstance(size, bool), f"shape.{key} must be a whole number, got {size!r}")
+            require(size >= 1, f"shape.{key} must be at least 1, got {size}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,8 +91,30 @@ RULES = {
     "no step of a reward model": ((*REWARD, "rm.max_steps=0"), ("rm.max_steps must be at least 1, got 0",)),
     "no step of dpo": (("dpo", "model@actor.model=tiny", *DATA, "dpo.max_steps=0"), ("dpo.max_steps must be at least 1, got 0",)),
     "a family that nobody knows": ((*SFT, "actor.model.family=lama"), ("model.family=lama (model tiny): transformers knows no such family", "'llama'")),
-    "a width that is no number": ((*SFT, "actor.model.shape.hidden_size=abc"), ("model.shape (model tiny)", "'hidden_size' expected int")),
-    "heads that do not divide the width": ((*SFT, "actor.model.shape.num_attention_heads=7"), ("model.shape (model tiny)", "not a multiple of", "(7)")),
+    "a width that is no number": ((*SFT, "actor.model.shape.hidden_size=abc"), ("actor.model.shape.hidden_size must be a whole number, got 'abc'",)),
+    "a width below nothing": ((*PPO, "actor.model.shape.hidden_size=-4"), ("actor.model.shape.hidden_size must be at least 1, got -4",)),
+    "no heads": ((*PPO, "critic.model.shape.num_attention_heads=0"), ("critic.model.shape.num_attention_heads must be at least 1, got 0",)),
+    "no layers": ((*REWARD, "reward.model.shape.num_hidden_layers=0"), ("reward.model.shape.num_hidden_layers must be at least 1, got 0",)),
+    "no words": ((*SFT, "actor.model.shape.vocab_size=0"), ("actor.model.shape.vocab_size must be at least 1, got 0",)),
+    "half a layer within": ((*SFT, "actor.model.shape.intermediate_size=1.5"), ("actor.model.shape.intermediate_size must be a whole number, got 1.5",)),
+    "heads that do not divide the width": (
+        (*SFT, "actor.model.shape.num_attention_heads=7"), ("actor.model.shape (model tiny)", "not a multiple of", "(7)"),
+    ),
+    "keys that query heads do not share evenly": (
+        (*REWARD, "reward.model.shape.num_key_value_heads=3"),
+        ("reward.model.shape (model tiny): num_attention_heads=4 does not divide by num_key_value_heads=3",),
+    ),
+    "a head that cannot be rotated": (
+        (*SFT, "actor.model.family=qwen2", "actor.model.shape.hidden_size=60"),
+        ("actor.model.shape (model tiny): 15 elements of a head of 15 are rotated, which must be an even number",),
+    ),
+    "an activation that nobody knows": (
+        (*SFT, "actor.model.shape.hidden_act=sillu"), ("actor.model.shape makes no network of the family llama: it knows no 'sillu'",),
+    ),
+    "a key that the family does not know": (
+        (*SFT, "+actor.model.shape.hiden_act=silu"),
+        ("actor.model.shape.hiden_act (model tiny): the family llama has no such key (did you mean 'hidden_act'?)",),
+    ),
     "heads that do not divide, found late": (
         (*SFT, "model@actor.model=tiny-opt", "actor.model.shape.num_attention_heads=7"), ("hidden_size=64 does not divide by num_attention_heads=7",),
     ),

@@ -14,7 +14,7 @@ from rlhf.config import UserError
 from rlhf.engines.config import EngineSpec
 from rlhf.engines.launcher import accelerator
 from rlhf.logging import log
-from rlhf.models.factory import Blueprint
+from rlhf.models.factory import Blueprint, check_buildable
 from rlhf.models.source import network_config, weights_folder
 from rlhf.modules.base import RoleModule
 from rlhf.settings import ModelConfig
@@ -65,13 +65,14 @@ def actor_blueprint(job: Job, *, tokens: int) -> Blueprint:
         tokens: what a sequence needs room for. Random weights get it; weights that were trained have what they have.
 
     Raises:
-        UserError: the model's context is shorter.
+        UserError: the model's context is shorter, or its shape or adapters are none that can be.
     """
     settings = job.cfg.actor
     model: ModelConfig = settings.model
     folder = weights_folder(model, job.init_folder("actor"))
     ids = {} if folder else {name: model.shape.get(name) for name in SPECIAL}
-    config = network_config(model, folder, dropout=settings.dropout, vocab_size=1 if folder else model.shape["vocab_size"], ids=ids)
+    vocab_size = 1 if folder else model.shape["vocab_size"]
+    config = network_config(model, folder, key="actor.model", dropout=settings.dropout, vocab_size=vocab_size, ids=ids)
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and context < tokens:
         if folder is not None:
@@ -81,7 +82,7 @@ def actor_blueprint(job: Job, *, tokens: int) -> Blueprint:
             )
         log.info("actor.model has random weights, so its context of %d tokens is stretched to %d", context, tokens)
         config.max_position_embeddings = tokens
-    return Blueprint(
+    blueprint = Blueprint(
         kind="causal",
         config=config,
         folder=folder,
@@ -89,3 +90,5 @@ def actor_blueprint(job: Job, *, tokens: int) -> Blueprint:
         gradient_checkpointing=False,
         dtype=DTYPES[job.cfg.trainer.precision],
     )
+    check_buildable(blueprint, "actor")
+    return blueprint

@@ -89,7 +89,9 @@ def _base(job: Job, actor: Blueprint) -> Blueprint:
     if load_tokenizer(model, job.cfg.data.chat).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"evaluation.base={init} and actor.init have different tokenizers: a KL needs one vocabulary")
     ids = {name: getattr(actor.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = network_config(job.cfg.actor.model, folder, dropout=job.cfg.actor.dropout, vocab_size=len(tokenizer), ids=ids)
+    config = network_config(
+        job.cfg.actor.model, folder, key="actor.model", dropout=job.cfg.actor.dropout, vocab_size=len(tokenizer), ids=ids
+    )
     return dataclasses.replace(actor, folder=folder, config=config)
 
 
