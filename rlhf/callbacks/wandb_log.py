@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,7 +110,7 @@ class WandbLog(WandbLogger):
         run.define_metric("*", step_metric=AXIS, step_sync=True)
         if self.mode == "offline":  # online wandb itself says where the run is
             why = "no key (WANDB_API_KEY, wandb login), so this run is" if self.for_want_of_a_key else "this run is"
-            log.info("W&B: %s kept offline; send it later with: wandb sync %s", why, Path(run.dir).parent)
+            log.info("W&B: %s kept offline; send it later with: wandb sync %s", why, shlex.quote(str(Path(run.dir).parent)))
         return run
 
     def _open(self, wandb: Any) -> Any:

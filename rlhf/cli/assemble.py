@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -216,9 +217,8 @@ class Job:
             except SystemExit as error:  # what Lightning makes of a KeyboardInterrupt, once it has taken everything down
                 raise KeyboardInterrupt from error
             if checkpoint.saved is not None:
-                raise Interrupted(
-                    f"stopped at iteration {module.iteration} and saved {checkpoint.saved}; go on with resume=true run_dir={self.run_dir}"
-                )
+                run_dir = shlex.quote(f"run_dir={self.run_dir}")
+                raise Interrupted(f"stopped at iteration {module.iteration} and saved {checkpoint.saved}; go on with resume=true {run_dir}")
             if module.iteration < total:
                 log.warning("a callback stopped the training at iteration %d of %d", module.iteration, total)
             ending.metrics, ending.seconds = dict(write.last), dict(write.seconds)

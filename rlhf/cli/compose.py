@@ -6,7 +6,6 @@ Knows Hydra; runs nothing.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -82,22 +81,6 @@ def primary_config(verb: str, overrides: list[str]) -> str:
 
 
 # --- words that Hydra would answer with its internals ----------------------------------------------------------------------------
-
-
-def quoted(value: str) -> str:
-    """A value as text in Hydra's grammar, whatever is in it; one in quotes stays as it is."""
-    return QuotedString(unquoted(value), Quote.single).with_quotes()
-
-
-def unquoted(value: str) -> str:
-    """The text of a value: what Hydra would make of one in quotes, any other as it is."""
-    if not re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL):
-        return value
-    try:
-        text = OverridesParser.create().parse_override(f"k={value}").value()
-    except HydraException:  # 'a' and 'b'
-        return value
-    return text if isinstance(text, str) else value
 
 
 def require_choices(verb: str, words: Iterable[str], folder: Path | None) -> None:

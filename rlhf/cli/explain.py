@@ -116,7 +116,7 @@ def _same_end(key: str, known: Iterable[str]) -> str:
 
 def _as_typed(primary: str, folder: Path | None) -> str:
     """The words behind `rlhf` that start from a file: those of `bench_step` are `bench step`, those of a user's file name its folder."""
-    return primary.replace("_", " ") if (conf_dir() / f"{primary}.yaml").is_file() else f"{primary} --config-dir {folder}"
+    return primary.replace("_", " ") if (conf_dir() / f"{primary}.yaml").is_file() else f"{primary} --config-dir {shlex.quote(str(folder))}"
 
 
 def _keys(node: Any, prefix: str) -> Iterable[str]:

@@ -25,13 +25,12 @@ from rlhf.cli.compose import (
     conf_dir,
     going_on,
     primary_config,
-    quoted,
     require_choices,
     resolved,
-    unquoted,
     with_own_group,
 )
 from rlhf.cli.explain import explain
+from rlhf.cli.grammar import quoted, unquoted
 from rlhf.cli.own_verb import config_folder, require_file
 from rlhf.cli.verbs import VERBS
 from rlhf.config import UserError

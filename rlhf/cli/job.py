@@ -6,6 +6,7 @@ Knows launchers and directories; knows no training.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,5 +88,5 @@ def _write_script(cfg: Any, run_dir: Path, file: Path, hosts: list[str]) -> dict
     else:
         script, text, start = run_dir / "launch.sh", render_hostfile(file, hosts, cfg.trainer, cfg.launcher), "bash"
     rundir.write_atomically(script, text)
-    log.info("wrote %s; start it with: %s %s", script, start, script)
+    log.info("wrote %s; start it with: %s %s", script, start, shlex.quote(str(script)))
     return {"verb": cfg.verb, "status": "written", "metrics": {}, "seconds": {}}

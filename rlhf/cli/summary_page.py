@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.cli.evaluate.page import ROWS, comparison_table, print_answers
+from rlhf.cli.grammar import typed
 from rlhf.cli.rundir import read_summary
 from rlhf.reporting.steps import Change, changes, step_metrics
 
@@ -44,7 +45,7 @@ def print_pipeline(run_dir: Path, metrics: dict[str, float], seconds: dict[str, 
         soft_wrap=True, markup=False,
     )  # fmt: skip
     if (run_dir / "ppo" / "export").is_dir():
-        console.print(f"talk to it: rlhf chat checkpoint={run_dir / 'ppo'}", soft_wrap=True, markup=False)
+        console.print(f"talk to it: rlhf chat {typed('checkpoint', str(run_dir / 'ppo'))}", soft_wrap=True, markup=False)
 
 
 def steps_table(found: Sequence[Change]) -> Table:

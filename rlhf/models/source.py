@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def find_export(path: str, *names: str, key: str = "init", otherwise: str | None
             return folder
     steps = [step for name in names for step in STEPS if (root / step / "export" / name / "config.json").is_file()]
     if steps:
-        raise UserError(f"{key}={path} holds no model, but its step {steps[0]} does: {key}={root / steps[0]}")
+        raise UserError(f"{key}={path} holds no model, but its step {steps[0]} does: {shlex.quote(f'{key}={root / steps[0]}')}")
     expected = " or ".join(f"export/{name}" for name in names)
     raise UserError(otherwise or f"{key}={path} holds no model: expected config.json there, or in {expected} of a run directory")
 

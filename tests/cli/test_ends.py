@@ -124,23 +124,23 @@ def test_what_one_rank_refuses_is_said_once_and_ends_all(tmp_path: Path) -> None
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_and_ends(ranks: int, tmp_path: Path) -> None:
     """As clusters end a job; it goes on from there."""
-    data = (f"data.path={write_pairs(tmp_path / 'pairs.jsonl', 64)}", f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}")
+    run_dir = tmp_path / "my run"
+    data = (f"data.path={write_pairs(tmp_path / 'pairs.jsonl', 64)}", f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={run_dir}")
     slow = ("+callbacks.slow={_target_: mishaps.Slow, seconds: 0.5}", "sft.max_steps=40", "trainer.checkpoint_every=null")
     words = [*RUN, *slow, *data, f"trainer.devices={ranks}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen([sys.executable, "-m", "rlhf", *words], env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: (tmp_path / "run" / "metrics.csv").is_file() and len(rows(tmp_path / "run")) > 2)
+        wait_until(lambda: (run_dir / "metrics.csv").is_file() and len(rows(run_dir)) > 2)
         process.terminate()
         errors = process.communicate(timeout=120)[1]
     finally:
         process.kill()
     assert process.returncode == 1, errors[-4000:]
-    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    (saved,) = (run_dir / "checkpoints").iterdir()
     assert "finishing this step, then saving" in errors
-    assert (
-        summary(tmp_path / "run")["status"] == "failed" and f"saved {saved}; go on with resume=true" in summary(tmp_path / "run")["error"]
-    )
+    assert summary(run_dir)["status"] == "failed"
+    assert f"saved {saved}; go on with resume=true 'run_dir={run_dir}'" in summary(run_dir)["error"]
 
 
 @pytest.mark.launch

@@ -69,6 +69,12 @@ def test_a_folder_with_an_equals_sign_is_a_folder(elsewhere: Path) -> None:
     assert with_runs(["lr=0.2"]) == ["lr=0.2"]
 
 
+def test_a_folder_with_a_backslash_is_found(elsewhere: Path) -> None:
+    folder(elsewhere / "a\\b")
+    assert main(["report", "a\\b"]) == 0
+    assert (elsewhere / "a\\b" / "table.md").is_file()
+
+
 def test_names_of_cells_are_taken_as_they_are_typed() -> None:
     words = [
         "s",

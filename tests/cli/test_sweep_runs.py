@@ -172,6 +172,7 @@ def test_a_killed_cell_is_recorded_as_failed(light: Path) -> None:
 
 @pytest.mark.launch
 def test_ctrl_c_ends_a_sweep_that_can_go_on(light: Path) -> None:
+    light = light.with_name("my sweep")
     slow = ("seed=0,1", *LIGHT, "+callbacks.light.seconds=0.5", "+callbacks.light.steps=4", "+callbacks.light.saves=true")
     sweep = command(light, *slow)
     wait_until(lambda: any((light / "0" / "checkpoints").glob("*/manifest.json")))
@@ -179,7 +180,7 @@ def test_ctrl_c_ends_a_sweep_that_can_go_on(light: Path) -> None:
     _, err = sweep.communicate(timeout=60)
     assert sweep.returncode == 1, err
     assert "Traceback" not in err
-    assert f"stopped by Ctrl-C; go on with: rlhf sft -m run_dir={light} sweep.resume=true" in err
+    assert f"stopped by Ctrl-C; go on with: rlhf sft -m 'run_dir={light}' sweep.resume=true" in err
     assert summary(light / "0")["error"].startswith("Interrupted: ") and not (light / "1").exists()
     all_end(start["pid"] for starts in diaries(light).values() for start in starts)
     assert main(["sft", "-m", f"run_dir={light}", "sweep.resume=true"]) == 0

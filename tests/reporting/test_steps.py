@@ -97,7 +97,7 @@ def test_the_names_of_policies_and_of_the_folder_are_printed_and_drawn_as_they_a
     assert plot is not None and plot.stat().st_size > 5000
     (folder / "ppo" / "export").mkdir()
     print_pipeline(folder, {}, {"total": 1.0}, ["base", "ppo"], plot)
-    assert f"rlhf chat checkpoint={folder}/ppo" in capsys.readouterr().out
+    assert f"rlhf chat 'checkpoint=\"{folder}/ppo\"'" in capsys.readouterr().out
 
 
 def test_a_row_of_the_terminal_has_three_decimals() -> None:

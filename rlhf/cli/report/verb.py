@@ -6,11 +6,11 @@ Knows what is read and where it goes; how it looks is rlhf/reporting's and repor
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf.cli.grammar import quoted
 from rlhf.cli.rundir import write_atomically
 from rlhf.config import UserError, build
 from rlhf.reporting.tables import Experiment, Row, median_error, read_experiment
@@ -35,20 +35,15 @@ def with_runs(words: list[str]) -> list[str]:
         return rest
     if any(word.startswith("report.runs=") for word in rest):
         raise UserError(f"report.runs is {' '.join(folders)} already, the words right after rlhf report")
-    return ["report.runs=[" + ",".join(f"'{quoted(folder)}'" for folder in folders) + "]", *rest]
+    return ["report.runs=[" + ",".join(quoted(folder) for folder in folders) + "]", *rest]
 
 
 def as_typed(word: str) -> str:
     """`report.baseline=ppo.kl_coef=0.05` with the value in quotes; null, and what is quoted already, stay as they are."""
     key, _, value = word.partition("=")
-    if key not in {f"report.{name}" for name in TEXTS} or value == "null" or re.fullmatch(r"'.*'|\".*\"", value):
+    if key not in {f"report.{name}" for name in TEXTS} or value == "null":
         return word
-    return f"{key}='{quoted(value)}'"
-
-
-def quoted(word: str) -> str:
-    """For Hydra's grammar, between single quotes."""
-    return word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}={quoted(value)}"
 
 
 def run_report(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Knows the order of things; words are `words`', cells `run`'s.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -113,8 +114,9 @@ class Command:
         if self.settings.report and self.sweep.verb != "bench":
             report_sweep(self.directory, self.sweep.cells, wanted)
         if not whole:
-            where = "" if self.sweep.verb in VERBS else f" --config-dir {self.sweep.config_dir}"
-            log.info("stopped by Ctrl-C; go on with: rlhf %s%s -m run_dir=%s sweep.resume=true", self.sweep.verb, where, self.directory)
+            where = [] if self.sweep.verb in VERBS else ["--config-dir", str(self.sweep.config_dir)]
+            words = shlex.join([self.sweep.verb, *where, "-m", f"run_dir={self.directory}", "sweep.resume=true"])
+            log.info("stopped by Ctrl-C; go on with: rlhf %s", words)
             return FAILED
         return self.exit_code()
 

@@ -5,6 +5,7 @@ Knows the report and the loggers; knows no scheduling.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def report_sweep(directory: Path, cells: Sequence[Cell], metric: str | None) -> 
     try:
         write_report([directory], directory, metric=metric, evaluation=read_evaluated)
     except Exception as error:  # the runs are on disk: no reason to end a sweep as failed
-        log.warning("there is no report of this sweep (%s: %s); rlhf report %s says more", type(error).__name__, error, directory)
+        log.warning(
+            "there is no report of this sweep (%s: %s); rlhf report %s says more", type(error).__name__, error, shlex.quote(str(directory))
+        )
         return
     log.info("report: %s", directory / "report.html")
     settings = ((rundir.saved_config(done[0]) or {}).get("logger") or {}).get("wandb")

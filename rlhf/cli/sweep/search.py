@@ -6,6 +6,7 @@ Knows trials and their cells; what to try next is `rlhf.sweeping.search`'s.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -173,8 +174,8 @@ def start_search(command: Command) -> int:
         code = command.finish(source, place)
         best = study.best()
         if best is not None:
-            words = " ".join([*composer.fixed, *(f"{key}={word}" for key, word in best.words.items())])
-            named = "".join(f" {flag} {value}" for flag, value in (("-cn", sweep.config_name), ("-cd", sweep.config_dir)) if value)
+            named = [word for flag, value in (("-cn", sweep.config_name), ("-cd", sweep.config_dir)) if value for word in (flag, value)]
+            words = shlex.join([*named, *composer.fixed, *(f"{key}={word}" for key, word in best.words.items())])
             log.info("best: trial %d, %s=%.6g", best.trial, settings.metric, best.value)
-            log.info("run it with: rlhf %s%s %s", sweep.verb, named, words)
+            log.info("run it with: rlhf %s %s", sweep.verb, words)
     return code

@@ -21,7 +21,8 @@ from hydra.core.override_parser.types import IntervalSweep, Override, QuotedStri
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf.cli.compose import MULTIRUN, conf_dir, primary_config, require_choices, resolved, unquoted
+from rlhf.cli.compose import MULTIRUN, conf_dir, primary_config, require_choices, resolved
+from rlhf.cli.grammar import unquoted
 from rlhf.cli.rundir import require_path
 from rlhf.config import UserError, nearest
 from rlhf.sweeping.search import Choice, Dimension, Number
