@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.table import Table
 from rlhf.cli.evaluate.page import ROWS, comparison_table, print_answers
 from rlhf.cli.grammar import typed
 from rlhf.cli.rundir import read_summary
+from rlhf.reporting.runs import countable
 from rlhf.reporting.steps import Change, changes, step_metrics
 
 __all__ = ["ROWS", "plot_pipeline", "print_pipeline", "read_columns", "smoothed"]
@@ -59,13 +61,13 @@ def steps_table(found: Sequence[Change]) -> Table:
 
 
 def read_columns(file: Path, names: list[str]) -> dict[str, tuple[list[float], list[float]]]:
-    """Steps and values of some columns of a metrics.csv; empty where a column has none."""
+    """Steps and values of some columns of a metrics.csv; empty where a column has none. What cannot be drawn is left out."""
     columns: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
     if file.is_file():
         with file.open(newline="") as f:
             for row in csv.DictReader(f):
                 for name, (steps, values) in columns.items():
-                    if row.get(name):
+                    if row.get(name) and countable(float(row[name])):
                         steps.append(float(row["step"]))
                         values.append(float(row[name]))
     return columns
@@ -91,7 +93,9 @@ def plot_pipeline(run_dir: Path, names: list[str]) -> Path | None:
     if not panels:
         return None
     metrics: dict[str, float] = (read_summary(run_dir / "evaluate") or {"metrics": {}})["metrics"]
-    bars = [(name, metrics[key]) for name in names for key in (f"gold/{name}", f"reward/{name}")[:1] if key in metrics]
+    bars = [
+        (name, metrics[key]) for name in names for key in (f"gold/{name}", f"reward/{name}")[:1] if countable(metrics.get(key, math.nan))
+    ]
     with matplotlib.rc_context({"text.parse_math": False}):  # names of policies are the user's, and may hold dollars
         figure = _drawn(panels, bars)
         file = run_dir / "curves.png"

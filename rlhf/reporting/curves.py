@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf.reporting.runs import STEPS, Run
+from rlhf.reporting.runs import LARGEST, STEPS, Run
 from rlhf.reporting.statistics import band
 
 CURVES = {
@@ -69,7 +69,8 @@ def read_columns(run: Run) -> dict[str, Column]:
 
 def _read(file: Path) -> dict[str, Column]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        with file.open(encoding="utf-8", newline="\n") as opened:  # other ends of lines may be in a quoted name
+            lines = list(opened)
     except UnicodeDecodeError as error:
         raise BadCurve(f"{file}: not text: {error}") from error
     if lines and not lines[-1].endswith("\n"):
@@ -98,14 +99,14 @@ def _read(file: Path) -> dict[str, Column]:
 
 
 def curve(cell: str, runs: Iterable[Column]) -> Curve | None:
-    """None: no run has a finite value. Steps are those of any run; a step that a run lacks is left to the others."""
+    """None: no run has a value that is finite and not beyond LARGEST. Steps are those of any run; a step that a run lacks is left to the others."""
     columns = [(np.asarray(steps), np.asarray(values)) for steps, values in runs]
     steps = np.unique(np.concatenate([steps for steps, _ in columns])) if columns else np.empty(0)
     if not len(steps):
         return None
     table = np.full((len(columns), len(steps)), np.nan)
     for row, (own, values) in zip(table, columns, strict=True):
-        row[np.searchsorted(steps, own)] = np.where(np.isfinite(values), values, np.nan)
+        row[np.searchsorted(steps, own)] = np.where(np.abs(values) <= LARGEST, values, np.nan)
     steps, table = _thinned(steps, table)
     seen = ~np.isnan(table).all(axis=0)
     if not seen.any():

@@ -21,6 +21,15 @@ def draw(found: Experiment, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    with matplotlib.rc_context({"text.parse_math": False}):  # titles and names are the user's, and may hold dollars
+        figure = _drawn(found)
+        figure.savefig(file, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _drawn(found: Experiment) -> Any:
+    import matplotlib.pyplot as plt
+
     columns = 2 if found.scale else 1
     size = (9.0 if columns == 1 else 14.0, max(3.5 if columns == 1 else 4.8, 0.24 * len(found.rows) + 1.6))
     figure, axes = plt.subplots(1, columns, figsize=size, squeeze=False)
@@ -29,8 +38,7 @@ def draw(found: Experiment, file: Path) -> None:
         _scaling(axes[0][1], found)
     figure.suptitle(found.title, fontsize=11)
     figure.tight_layout()
-    figure.savefig(file, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    return figure
 
 
 def _dots(axis: Any, found: Experiment) -> None:

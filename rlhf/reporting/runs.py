@@ -25,6 +25,8 @@ UNFINISHED = "running or not started"
 UNREADABLE = "unreadable"
 STEPS = ("sft", "reward", "ppo", "dpo", "evaluate")
 """Folders of a pipeline's steps."""
+LARGEST = 1e100
+"""A larger number can be neither squared nor drawn: it counts as none, and is said."""
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -58,9 +60,9 @@ class Run:
     hardware: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Finite numbers only, with `seconds/NAME`, `hours` and, on GPUs, `gpu_hours`."""
-    not_finite: tuple[str, ...] = ()
-    """Metrics that are there and no number."""
+    """Numbers up to LARGEST only, with `seconds/NAME`, `hours` and, on GPUs, `gpu_hours`."""
+    uncounted: Mapping[str, float] = field(default_factory=dict)
+    """Metrics that are there and no number, or too large a one."""
     cell: str | None = None
     """A name that the run was given by whoever started it."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -151,6 +153,11 @@ def read_run(folder: Path, overrides: Mapping[str, Any] | None = None, sweep: Pa
     return Run(status=UNREADABLE, reason=what, seed=_seed(known), **known)
 
 
+def countable(value: float) -> bool:
+    """Whether a mean can be taken of it: finite, and not beyond LARGEST."""
+    return abs(value) <= LARGEST
+
+
 def _from_summary(summary: Any, known: dict[str, Any]) -> Run:
     """
     Raises:
@@ -174,8 +181,8 @@ def _from_summary(summary: Any, known: dict[str, Any]) -> Run:
     return Run(
         status=summary["status"], reason=_first_line(summary.get("error")), verb=str(summary.get("verb", config.get("verb", ""))),
         seed=seed, commit=str(summary.get("commit") or ""), hardware=_hardware(summary.get("hardware", {}), config), config=config,
-        metrics={name: value for name, value in metrics.items() if math.isfinite(value)}, cell=None if summary.get("cell") is None else str(summary["cell"]),
-        not_finite=tuple(name for name, value in metrics.items() if not math.isfinite(value)), **known,
+        metrics={name: value for name, value in metrics.items() if countable(value)}, cell=None if summary.get("cell") is None else str(summary["cell"]),
+        uncounted={name: value for name, value in metrics.items() if not countable(value)}, **known,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ study_table.py's.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -130,7 +131,7 @@ def read_study(
     return Study(
         folders=places, metric=metric, lower_is_better=lower, columns=columns, results=results, baseline=base.name if base else None,
         grouping=grouping, sweeps=found.sweeps, not_done=tuple(not_done), left_out=tuple(left_out),
-        warnings=tuple(_warnings(inside, outside, grouping, shown)),
+        warnings=(*_warnings(inside, outside, grouping, shown), *_uncounted([*inside, *left_out], shown)),
     )  # fmt: skip
 
 
@@ -270,9 +271,17 @@ def _warnings(inside: Sequence[Run], outside: Sequence[Run], grouping: Grouping,
         if twice:
             seeds = sorted(seed for seed in twice if seed is not None)
             yield f"{cell.name} has several runs of {_plural('seed', seeds)}: each seed counts once, with their mean."
+
+
+def _uncounted(runs: Iterable[Run], metrics: Sequence[str]) -> Iterable[str]:
+    """Which metrics of the runs are in no mean."""
+    runs = [run for run in runs if run.done]
     for name in metrics:
-        if lost := [run for run in done if name in run.not_finite]:
-            yield f"{name} is no finite number in {', '.join(run.name for run in lost)}, which are left out of its means."
+        lost = {run.name: run.uncounted[name] for run in runs if name in run.uncounted}
+        if none := [run for run, value in lost.items() if not math.isfinite(value)]:
+            yield f"{name} is no finite number in {', '.join(none)}, which are left out of its means."
+        if large := [f"{run} ({value:g})" for run, value in lost.items() if math.isfinite(value)]:
+            yield f"{name} is too large a number for a mean in {', '.join(large)}, which are left out of its means."
 
 
 def mixed_starts(runs: Sequence[Run]) -> list[int]:

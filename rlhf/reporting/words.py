@@ -15,6 +15,8 @@ from rlhf.reporting.study import Result, Study
 
 NOTHING = "–"  # noqa: RUF001
 MINUS = "−"  # noqa: RUF001
+WHOLE = 1e15
+"""From here on a number is written with a power of ten."""
 MANY = 5
 """Comparisons from which on the page counts how many would be beside the point by chance."""
 
@@ -32,7 +34,7 @@ def decimals(estimates: Iterable[Estimate]) -> int:
 def number(value: float, digits: int, *, sign: bool = False) -> str:
     if math.isnan(value):
         return NOTHING
-    text = f"{abs(value):,.{digits}f}"
+    text = f"{abs(value):,.{digits}f}" if abs(value) < WHOLE else f"{abs(value):.3g}"
     zero = not text.strip("0.,")
     return ("" if zero else MINUS if value < 0 else "+" if sign else "") + text
 

@@ -9,14 +9,14 @@ from pathlib import Path
 def column(folder: Path, name: str) -> list[tuple[int, float]] | None:
     """Steps and values of one column of a run, or of the steps of a pipeline; None where no file has it.
 
-    A line that is being written is left for the next look.
+    A line that is being written is left for the next look. Names may be quoted, with ends of lines in them.
     """
     found: list[tuple[int, float]] | None = None
     for file in (folder / "metrics.csv", *sorted(folder.glob("*/metrics.csv"))):
         if not file.is_file():
             continue
-        text = file.read_text(encoding="utf-8")
-        rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-        if name in (rows.fieldnames or ()):
-            found = [*(found or []), *((int(row["step"]), float(row[name])) for row in rows if row[name])]
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            rows = csv.DictReader(line for line in lines if line.endswith("\n"))
+            if name in (rows.fieldnames or ()):
+                found = [*(found or []), *((int(row["step"]), float(row[name])) for row in rows if row[name])]
     return found

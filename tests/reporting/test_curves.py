@@ -28,6 +28,11 @@ def test_gaps_and_what_is_being_written_are_left_out(tmp_path: Path) -> None:
     assert columns(tmp_path, HEAD + "1,0.5") == columns(tmp_path, "st") == {}
 
 
+def test_a_name_may_hold_other_ends_of_lines(tmp_path: Path) -> None:
+    text = 'step,a\x0bb,"a\nb",a\u2028b,rollout/reward\n1,5,5,5,0.5\n'
+    assert columns(tmp_path, text) == {"rollout/reward": ([1], [0.5])}
+
+
 def test_curves_of_a_pipeline_are_its_steps(tmp_path: Path) -> None:
     run(tmp_path)
     run(tmp_path / "sft", curve="step,sft/loss\n1,3\n")

@@ -53,6 +53,19 @@ def test_scaling_is_a_line_for_each_model_and_engine(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_titles_and_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    """matplotlib reads dollars as formulas, and does not draw one that is wrong."""
+    place = folder(
+        tmp_path / "t",
+        published=PUBLISHED.replace("small", "$\\nope{$"),
+        modelled=MODELLED.replace("small", "$\\nope{$"),
+        results=RESULTS.replace("small", "$\\nope{$"),
+    )
+    (place / "README.md").write_text("# 5 $ an hour, 7 $ a day, x_1 and $\\nope{$\n")
+    draw(read_experiment(place), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_readme_without_both_markers_stays_as_it_is() -> None:
     assert into_readme(f"a\n{BEGIN}\nold\n{END}\nb", "new\n") == f"a\n{BEGIN}\n\nnew\n\n{END}\nb"
     for text in ("nothing", f"only {BEGIN}", f"{END} before {BEGIN}"):

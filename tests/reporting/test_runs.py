@@ -91,7 +91,7 @@ def test_times_are_metrics_and_what_is_no_number_is_none(tmp_path: Path) -> None
     (place / "summary.json").write_text(json.dumps(summary))
     one = read_run(place)
     assert one.metrics == {"gold/ppo": 0.5, "seconds/total": 7200.0, "seconds/ppo": 60.0, "hours": 2.0, "gpu_hours": 4.0}
-    assert one.not_finite == ("kl",) and one.hardware == "2 x H100"
+    assert list(one.uncounted) == ["kl"] and one.hardware == "2 x H100"
 
 
 ODD = '{"status": "done", "metrics": {}, "seed": 0, %s}'

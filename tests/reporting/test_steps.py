@@ -100,6 +100,14 @@ def test_the_names_of_policies_and_of_the_folder_are_printed_and_drawn_as_they_a
     assert f"rlhf chat 'checkpoint=\"{folder}/ppo\"'" in capsys.readouterr().out
 
 
+def test_what_cannot_be_drawn_is_left_out(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "p")
+    run(folder / "evaluate", None, verb="evaluate", status="done", metrics={"gold/base": 1.5e308, "gold/ppo": -1.5e308})
+    (folder / "sft" / "metrics.csv").write_text("step,sft/loss\n1,1.5e308\n2,-1.5e308\n3,inf\n4,2.0\n5,1.0\n")
+    plot = plot_pipeline(folder, ["base", "ppo"])
+    assert plot is not None and plot.stat().st_size > 5000
+
+
 def test_a_row_of_the_terminal_has_three_decimals() -> None:
     table = steps_table([Change(label="PPO: reward", before=0.5, after=12.34567)])
     assert [list(column.cells) for column in table.columns] == [["PPO: reward"], ["0.500"], ["12.346"]]

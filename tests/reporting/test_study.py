@@ -12,6 +12,7 @@ from experiment_folder import run, sweep
 
 from rlhf.config import UserError
 from rlhf.reporting.effects import forest
+from rlhf.reporting.files import write_report
 from rlhf.reporting.study import Study, lower_is_better, read_study
 from rlhf.reporting.study_table import as_csv, as_markdown
 from rlhf.reporting.words import caveats, counts, decimals, headline, interval, number, title
@@ -200,6 +201,19 @@ def test_what_makes_a_comparison_less_than_it_seems(small: Path) -> None:
     assert base is not None and base.estimates["gold/ppo"].values[0] == pytest.approx((0.5 + 0.9) / 2) and base.estimates["gold/ppo"].n == 3
 
 
+@pytest.mark.parametrize("metric", ["gold/ppo", "kl"])
+def test_a_number_too_large_for_a_mean_is_said_and_left_out(metric: str, tmp_path: Path) -> None:
+    folder = sweep(tmp_path / "s", [{"ppo.kl_coef": kl, "seed": seed} for kl in (0.1, 0.2) for seed in (0, 1, 2)])
+    for i in range(6):
+        values = {"gold/ppo": 0.5, "kl": 1.0 + i} | ({metric: 1e308} if i == 4 else {})
+        curve = "step,rollout/kl\n1,1\n2,-1.7e308\n3,1e308\n4,inf\n5,2\n"
+        run(folder / str(i), seed=i % 3, ppo={"kl_coef": (0.1, 0.2)[i // 3]}, metrics=values, curve=curve)
+    found = write_report([folder], tmp_path / "out")
+    assert f"{metric} is too large a number for a mean in {folder / '4'} (1e+308), which are left out of its means." in found.warnings
+    assert found.results[1].estimates[metric].n == 2
+    assert "1e+308" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_what_is_studied_is_no_start(tmp_path: Path) -> None:
     """SFT runs differ in their loss because that is what they are about."""
     for i, (lr, loss) in enumerate([(0.1, 4.0), (0.2, 3.0)]):
@@ -225,6 +239,7 @@ def test_many_comparisons_are_counted(tmp_path: Path) -> None:
 
 def test_numbers_as_they_are_shown() -> None:
     assert number(-0.0004, 3) == "0.000" and number(0.05, 2, sign=True) == "+0.05" and number(1234.5, 0) == "1,234"
+    assert number(-1e99, 2) == "−1e+99"  # noqa: RUF001
     assert interval(-0.1, 0.25, 2, sign=True) == "−0.10 to +0.25" and interval(math.nan, math.nan, 2) == "–"  # noqa: RUF001
     assert decimals([]) == 2
 

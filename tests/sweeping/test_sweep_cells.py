@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import subprocess
@@ -167,3 +168,11 @@ def test_a_column_is_read_while_it_grows(tmp_path: Path) -> None:
     file.write_text("step,loss,rollout/reward\n1,2,\n2,2,0.5\n3,2,0.75\n")
     assert column(tmp_path, "rollout/reward") == [(2, 0.5), (3, 0.75)]
     assert column(tmp_path, "rollout/rewrad") is None
+
+
+def test_a_column_is_read_whatever_its_neighbours_are_called(tmp_path: Path) -> None:
+    names = ["a\nb", "a\rb", "a\x0bb", "a\u2028b", 'a",b', "loss"]
+    with (tmp_path / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["step", *names], [1, *range(6)], [2, *range(6)]])
+    for i, name in enumerate(names):
+        assert column(tmp_path, name) == [(1, i), (2, i)]
