@@ -24,6 +24,13 @@ def roles(cfg: Any) -> dict[str, Any]:
     return {name: getattr(cfg, name) for name in ("actor", "critic", "reward") if name not in absent and hasattr(cfg, name)}
 
 
+def critic_start(cfg: Any) -> str | None:
+    """The role whose `init` PPO's critic starts from: its own where it has one, or what ppo.critic_init names. None: there is no critic."""
+    if cfg.ppo.advantage != "gae":
+        return None
+    return "critic" if cfg.critic.init is not None else cfg.ppo.critic_init
+
+
 def check(cfg: Any) -> None:
     """Refuses combinations that no group can judge alone.
 
@@ -185,7 +192,7 @@ def _check_critic(cfg: Any) -> None:
     if ppo.advantage != "gae":
         if critic.init is not None:
             raise UserError(f"critic.init={critic.init}, but ppo.advantage={ppo.advantage} has no critic: set critic.init=null")
-    elif ppo.critic_init == "actor" and critic.model.name != cfg.actor.model.name:
+    elif critic_start(cfg) == "actor" and critic.model.name != cfg.actor.model.name:
         raise UserError(
             f"ppo.critic_init=actor needs critic.model and actor.model to be the same network, got {critic.model.name} and "
             f"{cfg.actor.model.name}"
@@ -210,7 +217,7 @@ def _check_reward(cfg: Any) -> None:
     _require_function("ppo.reward_function", ppo.reward_function, "f(prompts, answers, ended) -> scores")
     if ppo.reward_source == "both" or cfg.verb != "ppo":
         return
-    from_reward = ppo.advantage == "gae" and ppo.critic_init == "reward" and cfg.critic.init is None
+    from_reward = critic_start(cfg) == "reward"
     if cfg.reward.init is not None and not from_reward:
         raise UserError(f"reward.init={cfg.reward.init}, but ppo.reward_source=function needs no reward model: set reward.init=null")
     if from_reward and cfg.reward.init is None and not cfg.critic.model.pretrained:

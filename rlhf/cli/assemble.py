@@ -44,6 +44,7 @@ from rlhf.logging import log
 from rlhf.models.factory import Blueprint, check_buildable
 from rlhf.models.source import EXPORTS, find_export, network_config, weights_folder
 from rlhf.modules.base import RoleModule
+from rlhf.rules import critic_start
 from rlhf.settings import OptimizerConfig, RoleConfig, SchedulerConfig, ZeroConfig
 
 ROLES = ("actor", "critic", "ref", "reward")
@@ -114,8 +115,8 @@ class Job:
         init = getattr(self.cfg, role).init
         if init is None and role == "ref":
             init = self.cfg.actor.init
-        if init is None and role == "critic":
-            init = (self.cfg.reward if self.cfg.ppo.critic_init == "reward" else self.cfg.actor).init
+        if init is None and role == "critic" and (first := critic_start(self.cfg)) is not None:
+            init = getattr(self.cfg, first).init
         return None if init is None else find_export(init, *EXPORTS[role], key=f"{role}.init")
 
     def blueprint(self, role: str, *, kind: str, trained: bool, like: str | None = None) -> Blueprint:

@@ -21,6 +21,7 @@ from rlhf.cli.summary_page import ROWS, plot_pipeline, print_pipeline
 from rlhf.cli.wandb_settings import require_key
 from rlhf.config import UserError, build
 from rlhf.logging import log
+from rlhf.rules import critic_start
 
 PARTS = {step: TRAINING[step] for step in ("sft", "reward", "ppo")} | {"evaluate": EVALUATE}
 """Which sections of the pipeline's config each step has."""
@@ -64,9 +65,8 @@ def step_config(config: Mapping[str, Any], step: str) -> dict[str, Any]:
 
 def reads_reward_model(config: Mapping[str, Any]) -> bool:
     """Whether PPO needs one: as a reward, or to start the critic from."""
-    ppo = config["ppo"]
-    starts_critic = ppo["advantage"] == "gae" and ppo["critic_init"] == "reward" and config["critic"]["init"] is None
-    return ppo["reward_source"] != "function" or starts_critic
+    cfg = build({key: config[key] for key in ("ppo", "critic")})
+    return cfg.ppo.reward_source != "function" or critic_start(cfg) == "reward"
 
 
 def _moved(node: Any, old: str, new: str) -> Any:

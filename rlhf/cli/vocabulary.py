@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf.config import UserError
-from rlhf.rules import roles
+from rlhf.rules import critic_start, roles
 from rlhf.settings import ModelConfig
 
 PADDING = 512
@@ -37,8 +37,10 @@ def _reads_own_tokens(cfg: Any, role: str) -> bool:
     if cfg.verb == "pipeline":
         reads = "evaluate" in cfg.steps or ("ppo" in cfg.steps and cfg.ppo.reward_source != "function")
         return role == "reward" and "reward" in cfg.steps and settings.init is None and reads
-    first = cfg.reward if role == "critic" and cfg.ppo.critic_init == "reward" else settings
-    return role in roles(cfg) and settings.init is None and first.init is None and settings.model.pretrained
+    if role not in roles(cfg):
+        return False
+    first = critic_start(cfg) if role == "critic" else role
+    return settings.init is None and getattr(cfg, str(first)).init is None and settings.model.pretrained
 
 
 def _differ(one: ModelConfig, other: ModelConfig) -> bool:
