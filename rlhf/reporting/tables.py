@@ -62,8 +62,8 @@ class Row:
 
     @property
     def absent(self) -> str:
-        """Why there is no measurement. What one device can run has only not been run yet."""
-        return f"not run: needs {self.gpus} GPUs" if self.gpus > 1 else "not run yet"
+        """What a measurement would need."""
+        return f"not run: needs {self.gpus} GPU{'s' if self.gpus > 1 else ''} ({self.hardware})"
 
 
 @dataclass(frozen=True, kw_only=True)

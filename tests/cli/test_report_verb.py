@@ -32,8 +32,8 @@ def test_a_folder_is_printed_and_drawn(capsys: pytest.CaptureFixture[str], elsew
         "measured",
         "+20%",
         "5 (Some Card)",
-        "not run: needs 8 GPUs",
-        "not run yet",
+        "not run: needs 8 GPUs (card-a)",
+        "not run: needs 1 GPU (card-b)",
         "held-out rows 10.0%",
     ):
         assert word in out

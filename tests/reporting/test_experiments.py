@@ -24,7 +24,7 @@ def test_rows_are_joined_by_cell_and_errors_counted_by_hand(tmp_path: Path) -> N
     assert extra.published is None and extra.error is None
     assert first.measured is not None and first.measured.value == 5, "the last of two measurements"
     assert first.error_ours == pytest.approx(6 / 5 - 1)
-    assert (second.absent, extra.absent) == ("not run: needs 8 GPUs", "not run yet")
+    assert (second.absent, extra.absent) == ("not run: needs 8 GPUs (card-a)", "not run: needs 1 GPU (card-b)")
     assert median_error(list(found.rows)) == pytest.approx(0.15)
     assert median_error(list(found.rows), "held out") == pytest.approx(0.1)
     assert median_error([extra]) is None
@@ -34,9 +34,9 @@ def test_rows_are_joined_by_cell_and_errors_counted_by_hand(tmp_path: Path) -> N
 def test_the_page_shows_every_number_and_what_is_missing(tmp_path: Path) -> None:
     lines = as_markdown(read_experiment(folder(tmp_path / "t"))).splitlines()
     assert "| small | card-a | 1 | hours | 10 | 12 | +20% | fitted | 6 | 5 (Some Card) | +20% |" in lines
-    assert "| small | card-a | 8 | hours | 2 | 1.8 | -10% | held out | 1 | not run: needs 8 GPUs |  |" in lines
-    assert "| large | card-a | 8 | hours | 20 |  |  |  | 9 | not run: needs 8 GPUs |  |" in lines
-    assert "| small | card-b | 1 | hours |  | 3 |  |  | 2 | not run yet |  |" in lines
+    assert "| small | card-a | 8 | hours | 2 | 1.8 | -10% | held out | 1 | not run: needs 8 GPUs (card-a) |  |" in lines
+    assert "| large | card-a | 8 | hours | 20 |  |  |  | 9 | not run: needs 8 GPUs (card-a) |  |" in lines
+    assert "| small | card-b | 1 | hours |  | 3 |  |  | 2 | not run: needs 1 GPU (card-b) |  |" in lines
     assert "Median error of the model with the original's engine: all rows 15.0%, fitted rows 20.0%, held-out rows 10.0%." in lines
     assert "- card-a/1/small/hours: printed as \\| days" not in lines and "- card-a/1/small/hours: printed as days, about" in lines
     assert "Published and not modelled: samples 100 samples." in lines
