@@ -45,22 +45,22 @@ def line(row: Row, plan: Prediction, done: dict[str, Row]) -> str:
 
 
 def draw(done: dict[str, Row], plans: dict[str, Prediction]) -> None:
-    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    names = list(done)
-    for offset, value, colour, label in (
-        (-0.2, [speed(row) / int(row["gpus"]) for row in done.values()], "#1f77b4", "measured"),
-        (
-            0.2,
-            [int(row["sequences"]) / plans[name].seconds["iteration"] / int(row["gpus"]) for name, row in done.items()],
-            "#bbbbbb",
-            "planned",
-        ),
-    ):
-        axes.bar([i + offset for i in range(len(names))], value, 0.4, color=colour, label=label)
-    axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
-    axes.set_ylabel("sequences/s a GPU")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    """A panel for each actor: their speeds are far apart."""
+    actors = {name.split("-")[0]: [case for case in done if case.split("-")[0] == name.split("-")[0]] for name in done}
+    sizes = [len(cases) for cases in actors.values()]
+    figure, panels = plt.subplots(
+        1, len(actors), figsize=(2 + 1.1 * len(done), 3.6), layout="constrained", squeeze=False, width_ratios=sizes
+    )
+    for axes, (actor, cases) in zip(panels[0], actors.items(), strict=True):
+        measured = [speed(done[case]) / int(done[case]["gpus"]) for case in cases]
+        planned = [int(done[case]["sequences"]) / plans[case].seconds["iteration"] / int(done[case]["gpus"]) for case in cases]
+        axes.bar([i - 0.2 for i in range(len(cases))], measured, 0.4, color="#1f77b4", label="measured")
+        axes.bar([i + 0.2 for i in range(len(cases))], planned, 0.4, color="#bbbbbb", label="planned")
+        axes.set_xticks(range(len(cases)), [case.removeprefix(f"{actor}-") for case in cases], rotation=20, ha="right")
+        axes.set_title(f"OPT-{actor.upper()}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("sequences/s a GPU")
+    panels[0][-1].legend(frameon=False)
     figure.savefig(HERE / "scaling.png", dpi=120)
 
 

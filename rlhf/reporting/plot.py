@@ -58,6 +58,7 @@ def _dots(axis: Any, found: Experiment) -> None:
     axis.grid(axis="both", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.set(xscale="log", xlabel="; ".join(dict.fromkeys(row.unit for row in rows)))
+    axis.xaxis.set_major_formatter("{x:g}")  # the formatter of a logarithmic axis writes formulas
     axis.legend(fontsize=7)
 
 
@@ -75,5 +76,6 @@ def _scaling(axis: Any, found: Experiment) -> None:
     counts = sorted({row.gpus for row in found.scale})
     axis.set(xscale="log", yscale="log", xlabel="GPUs; a ring: the first doubling that brings less than 1.5 times", ylabel="sequences/s")
     axis.set_xticks(counts, [str(count) for count in counts], fontsize=7)
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.legend(fontsize=7)
