@@ -43,8 +43,8 @@ the table also says whether Student&rsquo;s interval of the same differences is 
 def as_html(study: Study, found: Sequence[Panel], costs: Sequence[str], out: Path, evaluated: Evaluated | None = None) -> str:
     """The page. Links to logs are relative to `out`, where they lie below it."""
     sections = [
-        _head(study), _warnings(study), _table(study), steps_section(study), "" if evaluated is None else evaluated_section(evaluated),
-        _effects(study), _tradeoffs(study, costs), _curves(study, found),
+        _head(study), _warnings(study), _table(study), _effects(study), steps_section(study),
+        "" if evaluated is None else evaluated_section(evaluated), _tradeoffs(study, costs), _curves(study, found),
         _not_done(study, out), _what_was_run(study), _every_run(study), _how(),
     ]  # fmt: skip
     return Template(_part("page.html")).substitute(
