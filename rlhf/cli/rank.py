@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from rlhf.cli import rundir
-from rlhf.cli.errors import Interrupted, report
+from rlhf.cli.errors import Interrupted, report, rows
 from rlhf.config import UserError, build
 from rlhf.engines.launcher import ended_by_sigterm, prepare_rank
 from rlhf.logging import log, quiet_libraries, setup_logging
@@ -44,17 +44,18 @@ def run_rank(config: Mapping[str, Any]) -> None:
 
 def attempt(config: Mapping[str, Any]) -> int:
     """`run_rank` to an exit code: what went wrong is said and recorded."""
+    before = rows(config)
     try:
         with ended_by_sigterm():
             run_rank(config)
     except (UserError, Interrupted) as error:
-        return report(config, error)
+        return report(config, error, before)
     except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
-        return report(config, Interrupted("stopped at once by Ctrl-C or SIGTERM; the last checkpoint, if there is one, is kept"))
+        return report(config, Interrupted("stopped at once by Ctrl-C or SIGTERM; the last checkpoint, if there is one, is kept"), before)
     except Exception as error:
         if os.environ.get("RANK", "0") == "0" or not _is_peer_loss(error):
             log.error("rank %s: %s", os.environ.get("RANK", "0"), traceback.format_exc())
-        return report(config, error)
+        return report(config, error, before)
     return 0
 
 

@@ -110,6 +110,29 @@ def test_a_second_ctrl_c_is_said_and_recorded(runs: Path) -> None:
 
 
 @pytest.mark.launch
+def test_a_resumed_run_whose_function_fails_has_failed(tmp_path: Path) -> None:
+    words = (
+        "ppo.reward_source=function",
+        "ppo.critic_init=actor",
+        "ppo.reward_function=mishaps.refuses_later",
+        "trainer.checkpoint_every=1",
+    )
+    data = (f"data.path={write_pairs(tmp_path / 'pairs.jsonl', 32)}", f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}")
+    codes, errors = run_all([*PPO, *words, *data, "ppo.iterations=3"])
+    assert codes == [1], errors[-4000:]
+    file = tmp_path / "run" / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"error": "Interrupted: stopped at iteration 1"}))
+    again = ["ppo", "resume=true", data[-1]]
+    codes, errors = run_all(again, again)  # the function is good for one iteration more, then for none
+    assert codes == [1, 1], errors[-4000:]
+    assert summary(tmp_path / "run")["status"] == "failed" and "mishaps.refuses_later returned nan" in summary(tmp_path / "run")["error"]
+    before = file.read_bytes()
+    (tmp_path / "run" / "checkpoints" / "step-000002" / "module.pt").unlink()
+    codes, errors = run_all(again)
+    assert codes == [2] and file.read_bytes() == before, "refused before it went on"
+
+
+@pytest.mark.launch
 def test_what_one_rank_refuses_is_said_once_and_ends_all(tmp_path: Path) -> None:
     words = ("ppo.reward_source=function", "ppo.critic_init=actor", "ppo.reward_function=mishaps.refuses_elsewhere", "ppo.iterations=1")
     data = (f"data.path={write_pairs(tmp_path / 'pairs.jsonl', 32)}", f"data.cache_dir={tmp_path / 'cache'}")
