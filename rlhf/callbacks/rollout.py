@@ -50,6 +50,7 @@ class RolloutCallback(Callback):
             self.engine = Recorded(strategy, lambda: load_rollout(Path(str(self.rollout.recorded_path)), pl_module.iteration))
         elif self.rollout.engine == "hybrid_engine":
             self.engine = HybridEngine(strategy, self.rollout, end_id=self.end_id, pad_id=self.pad_id, tp=self.tp)
+            strategy.closing.append(self.engine.close)
         else:
             self.engine = HFGenerate(strategy, self.rollout, end_id=self.end_id, pad_id=self.pad_id)
 

@@ -7,7 +7,7 @@ Knows ZeRO stages, optimizers and process groups; knows no loss and no data. A m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -61,6 +61,8 @@ class RoleStrategy(DeepSpeedStrategy):
         self.engines: dict[str, Any] = {}
         self.kept: dict[str, Stateful] = {}
         """What else a checkpoint holds of each rank, by name."""
+        self.closing: list[Callable[[], None]] = []
+        """What else gives memory back at the end."""
         self._align_overflow = align_overflow
         self._threads = threads
 
@@ -121,6 +123,9 @@ class RoleStrategy(DeepSpeedStrategy):
 
     def teardown(self) -> None:
         """Releases the engines' hooks and memory, so that the next job of this process starts clean."""
+        for close in self.closing:
+            close()
+        self.closing.clear()
         for engine in self.engines.values():
             engine.destroy()
         self.engines.clear()

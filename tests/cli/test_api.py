@@ -11,6 +11,7 @@ import pytest
 
 from rlhf.cli.api import compose, load, opened, run
 from rlhf.config import UserError
+from rlhf.inference.arena import mapped_memory
 
 TINY = ("model@actor.model=tiny", "data.max_prompt_tokens=40", "data.max_answer_tokens=24")
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
@@ -61,6 +62,17 @@ def test_a_loop_refuses_what_only_the_trainer_does(case: str, tmp_path: Path) ->
     with pytest.raises(UserError) as refusal, opened("sft", *TINY, *words, f"run_dir={tmp_path / 'run'}"):
         raise AssertionError("the block was entered")
     assert message in str(refusal.value)
+
+
+def test_the_memory_of_rollouts_ends_with_the_job(tmp_path: Path) -> None:
+    """Also what is kept between them: the next job of this process, a pipeline's evaluation, would not find it."""
+    kept, before = ("rollout.release_inference_cache=false", "rollout.pin_parameters=true"), mapped_memory.now
+    small = ("model@actor.model=tiny", "model@critic.model=tiny", "model@reward.model=tiny", "ppo.iterations=1", "data.max_answer_tokens=8")
+    sizes = ("ppo.batch_size=4", "ppo.minibatch_size=4", "ppo.micro_batch_size=4", "ppo.score_micro_batch_size=4")
+    with opened("ppo", *TINY, *small, *sizes, *kept, f"run_dir={tmp_path / 'run'}") as parts:
+        parts.generate(next(iter(parts.batches())))
+        assert mapped_memory.now > before
+    assert mapped_memory.now == before
 
 
 def test_a_run_directory_belongs_to_one_run(tmp_path: Path) -> None:
