@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rlhf.config import UserError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+ORDER = "CUDA_DEVICE_ORDER"
 
 
 def machine_gpus() -> dict[str, str]:
@@ -40,6 +41,13 @@ def chosen_gpus(asked: str | Sequence[int], there: Sequence[str]) -> list[str]:
     if missing:
         raise UserError(f"sweep.gpus={list(asked)}, but GPU {missing[0]} is not there: {', '.join(there) or 'none'} can be seen")
     return [str(number) for number in asked]
+
+
+def lent(gpus: Sequence[str]) -> dict[str, str]:
+    """The environment in which a process sees these GPUs and no others."""
+    numbers = {VISIBLE: ",".join(gpus)}
+    # nvidia-smi counts along the bus; CUDA by itself begins with the fastest card. Numbers that the user gave are counted as the user's.
+    return numbers if VISIBLE in os.environ else numbers | {ORDER: "PCI_BUS_ID"}
 
 
 class Leases:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.config import UserError
-from rlhf.sweeping.leases import Leases, chosen_gpus, machine_gpus
+from rlhf.sweeping.leases import Leases, chosen_gpus, lent, machine_gpus
 
 
 @given(
@@ -55,6 +55,14 @@ def test_the_machine_s_cards(four_cards: None, monkeypatch: pytest.MonkeyPatch) 
     assert machine_gpus() == {"2": "Pretended 2", "0": "Pretended 0"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert machine_gpus() == {}
+
+
+def test_a_number_is_the_card_that_was_listed_under_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with different cards CUDA counts otherwise than nvidia-smi."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert lent(["1", "3"]) == {"CUDA_VISIBLE_DEVICES": "1,3", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert lent(["3"]) == {"CUDA_VISIBLE_DEVICES": "3"}
 
 
 def test_a_machine_without_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from rlhf.engines.launcher import CORES
 from rlhf.logging import log
 from rlhf.rules import check
 from rlhf.sweeping.cells import INTERRUPTED, Cell, clear, fate, read_summary, write_summary
-from rlhf.sweeping.leases import VISIBLE
+from rlhf.sweeping.leases import lent
 from rlhf.sweeping.processes import Ended, LocalJob
 from rlhf.sweeping.scheduler import Handle, Task
 
@@ -168,7 +168,7 @@ class Cells:
         environment = {CORES: str(cores)}
         if config["trainer"]["threads"] is None and "OMP_NUM_THREADS" not in os.environ:
             environment["OMP_NUM_THREADS"] = str(cores)
-        return environment | ({VISIBLE: ",".join(gpus)} if gpus else {})
+        return environment | (lent(gpus) if gpus else {})
 
     # --- a cell that has ended -------------------------------------------------------------------------------------------------
 
