@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import column, composed
+from checkpoints import save_reward
+from jobs import column, composed, run_together
 from tiny import config, write_pairs
 
 if not torch.cuda.is_available():
@@ -34,7 +35,7 @@ def _trainer() -> Any:
     return build(composed("sft", "trainer=gpu", "run_dir=unused")).trainer
 
 
-def _engine(stage: int, precision: str) -> Any:
+def _engine(zero: str, precision: str) -> Any:
     import deepspeed
 
     from rlhf.config import build
@@ -43,7 +44,8 @@ def _engine(stage: int, precision: str) -> Any:
     from rlhf.engines.optimizers import build_optimizer, build_scheduler
     from rlhf.models.factory import Blueprint, build_network
 
-    cfg = build(composed("sft", f"zero@actor.zero=z{stage}", "run_dir=unused", "sft.optimizer.grad_clip=0"))
+    adam = "cpu_adam" if "offload" in zero else "adamw"
+    cfg = build(composed("sft", f"zero@actor.zero={zero}", "run_dir=unused", "sft.optimizer.grad_clip=0", f"sft.optimizer.name={adam}"))
     training = Training(
         optimizer=cfg.sft.optimizer, scheduler=cfg.sft.scheduler, total_steps=10, lora=cfg.actor.lora, micro_batch_size=2, accumulation=1
     )
@@ -62,17 +64,17 @@ def _engine(stage: int, precision: str) -> Any:
     return engine
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_one_overflow_skips_both_steps_and_only_its_own_scale_falls(stage: int) -> None:
+@pytest.mark.parametrize("zero", ["z0", "z1", "z2", "z3", "z2_offload", "z3_offload"])
+def test_one_overflow_skips_both_steps_and_only_its_own_scale_falls(zero: str) -> None:
     from rlhf.engines.gather import gathered
     from rlhf.engines.overflow import align_overflow, has_overflow, loss_scale
 
-    engines = {"actor": _engine(stage, "fp16"), "critic": _engine(stage, "fp16")}
+    engines = {"actor": _engine(zero, "fp16"), "critic": _engine(zero, "fp16")}
     ids = torch.randint(4, 60, (2, 8), device="cuda")
     mask = torch.ones_like(ids, dtype=torch.bool)
 
     def scale(engine: Any) -> float:
-        return float(getattr(engine.optimizer, "loss_scale_config" if stage == 0 else "loss_scaler").cur_scale)
+        return float(getattr(engine.optimizer, "loss_scale_config" if zero == "z0" else "loss_scaler").cur_scale)
 
     def weights() -> list[torch.Tensor]:
         found = []
@@ -149,5 +151,22 @@ def test_ppo_runs_and_starts_on_policy(name: str, tmp_path: Path, monkeypatch: p
     assert bool(quantised) == ("mixz" in name)
     assert column(tmp_path / "run", "actor/ratio_first")[0] == pytest.approx(1.0, abs=0.02)
     assert abs(column(tmp_path / "run", "rollout/kl")[0]) < 0.02
+    assert max(column(tmp_path / "run", "rollout/mismatch_abs")) < 0.02, "the decoder is not the network that learns"
     assert all(torch.isfinite(torch.tensor(column(tmp_path / "run", "critic/loss"))))
     assert (tmp_path / "run" / "export" / "actor" / "model.safetensors").is_file()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_each_rank_scores_with_a_model_on_its_own_gpu(tmp_path: Path) -> None:
+    """The scorer's model is loaded before Lightning chooses a rank's device."""
+    save_reward(tmp_path / "scorer")
+    job = composed(
+        "ppo", "trainer=gpu", "trainer.devices=2", "model@actor.model=tiny", "model@critic.model=tiny", "data=pairs",
+        f"data.path={write_pairs(tmp_path / 'pairs.jsonl', 64)}", "data.max_prompt_tokens=12", "data.max_answer_tokens=8", "ppo.iterations=2",
+        "ppo.batch_size=8", "ppo.minibatch_size=8", "ppo.micro_batch_size=4", "ppo.score_micro_batch_size=4", "callbacks=none",
+        "ppo.reward_source=function", "ppo.reward_function=rlhf.models.scorer.ScalarScorer", f"run_dir={tmp_path / 'run'}",
+        f"+ppo.reward_function_kwargs.path={tmp_path / 'scorer'}", "+ppo.reward_function_kwargs.threshold=0.0",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    )  # fmt: skip
+    run_together([job], world=2)
+    assert len(column(tmp_path / "run", "rollout/reward")) == 2

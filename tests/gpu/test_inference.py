@@ -28,13 +28,16 @@ from decoders import (
     noisy_model,
 )
 from kernel_checks import *  # noqa: F403
+from kernel_checks import random, shape_of, slots_of
 from torch import Tensor
 
 from rlhf.inference.arena import make_arena
 from rlhf.inference.build import decoder_of
 from rlhf.inference.kernels.ops import TritonOps
+from rlhf.inference.reference import Positions
 from rlhf.inference.sampling import choose
 from rlhf.inference.service import Request, Service
+from rlhf.inference.weights import Layer
 
 pytestmark = pytest.mark.gpu
 CARD = torch.device("cuda", 0)
@@ -119,6 +122,23 @@ def test_only_candidates_are_drawn_wherever_a_number_falls(rows: int) -> None:
     for at in range(0, 50_000, 250):
         tokens, _ = choose(logits, candidates, sums[:, at] / sums[:, -1], temperature=1.0)
         assert candidates.gather(1, tokens[:, None]).isfinite().all(), at
+
+
+def test_a_cache_of_more_numbers_than_32_bits_count() -> None:
+    """The third slot begins at number 2^31."""
+    shape = shape_of(heads=32, kv_heads=32, head_dim=128, positions="learned")
+    layer: Any = Layer(*[None] * 8)  # type: ignore[arg-type]
+    slots, tokens = slots_of([5, 0, 33]), 1 << 18
+    qkv = random(3, shape.qkv_width, dtype=torch.bfloat16)
+    keys, values = (torch.zeros(4, 32, tokens, 128, dtype=torch.bfloat16, device=CARD) for _ in range(2))
+    prompt = random(2, 40, 32, 128, dtype=torch.bfloat16).transpose(1, 2)
+    at = torch.tensor([2, 0], device=CARD)
+    TritonOps().keep(prompt, prompt, keys, values, at, torch.tensor([1, 0], device=CARD))
+    assert torch.equal(keys[2, :, :40], prompt[1]) and torch.equal(values[0, :, :40], prompt[0]) and not keys[[1, 3]].any()
+    copies = keys[:3, :, :48].clone(), values[:3, :, :48].clone()  # the same slots, close together
+    found = TritonOps().attend(qkv, keys, values, slots, slots.rows, layer, Positions(), shape)
+    near = TritonOps().attend(qkv, *copies, slots, slots.rows, layer, Positions(), shape)
+    assert torch.equal(found, near) and torch.equal(keys[2, :, 33], copies[0][2, :, 33])
 
 
 def test_an_arena_keeps_its_addresses_and_gives_its_memory_back() -> None:
