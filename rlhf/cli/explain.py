@@ -30,11 +30,7 @@ def explain(error: Exception, primary: str, folder: Path | None = None) -> str:
         return _unread(str(getattr(error, "override", "")), _first_line(text))
     if isinstance(error, MissingConfigException) and "Available options" in text:
         missing = re.search(r"Could not find '([^']*)'", text)
-        name = missing.group(1) if missing else ""
-        listed = text.split("Available options", 1)[1].partition("Config search path")[0]
-        options = [line.strip() for line in listed.splitlines()[1:] if line.strip()]
-        group, _, option = name.rpartition("/")
-        return f"{group}={option}: no such option{nearest(option, options)}; there are {', '.join(options)}"
+        return _no_such_option(missing.group(1) if missing else "", folder)
     several = re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(\S+?)=(.*?)'(?: requires --multirun|\n|$)", text)
     if several:
         values = several.group(2)
@@ -49,6 +45,17 @@ def explain(error: Exception, primary: str, folder: Path | None = None) -> str:
     if isinstance(error, ConfigCompositionException) and cause:
         return _first_line(cause)
     return " ".join(text.split())
+
+
+def _no_such_option(name: str, folder: Path | None) -> str:
+    """`name` is a group and an option of it, which may lie in a folder of the group: experiment/dschat/opt-13b."""
+    group, _, option = name.partition("/")
+    inside, _, last = option.rpartition("/")
+    places = [place / group / inside for place in (conf_dir(), folder) if place is not None]
+    options = sorted({(Path(inside) / file.stem).as_posix() for place in places for file in place.glob("*.yaml")})
+    longer = [one for one in options if last and last in one]
+    hint = f" (did you mean {' or '.join(map(repr, longer))}?)" if longer else nearest(option, options)
+    return f"{group}={option}: no such option{hint}; there are {', '.join(options) or 'none'}"
 
 
 def _unread(word: str, said: str) -> str:

@@ -24,6 +24,9 @@ WORDS = {
     "misspelt key of hydra": (("sft", "hydra.run.dri=x"), ("hydra.run.dri", "'hydra.run.dir'")),
     "misspelt key of a sweep": (("sft", "-m", "sft.batch_sze=1,2"), ("sft.batch_sze", "'sft.batch_size'")),
     "misspelt option": (("sft", "model@actor.model=tinny"), ("model=tinny: no such option", "'tiny'", "there are bloom-176b")),
+    "part of an experiment in a folder": (
+        ("plan", "experiment=dschat/opt-13b"), ("experiment=dschat/opt-13b: no such option", "'dschat/ppo_opt-13b_single_node'")
+    ),
     "misspelt experiment": (("pipeline", "experiment=imdb"), ("experiment=imdb", "no such option", "imdb_sentiment")),
     "misspelt group": (("sft", "optimiser=adamw"), ("optimiser: no such key", "'sft.optimizer'")),
     "group of an unknown role": (("sft", "model@actr.model=tiny"), ("model@actr.model: no such group", "'model@actor.model'", "--help")),
