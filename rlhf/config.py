@@ -128,6 +128,11 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def _kind_name(kind: Any) -> str:
-    if typing.get_origin(kind) is typing.Literal:
-        return "one of " + ", ".join(str(option) for option in typing.get_args(kind))
-    return str(getattr(kind, "__name__", kind)).replace("NoneType", "null").replace("None", "null")
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(str(option) for option in arguments)
+    if origin in (typing.Union, UnionType):
+        return " | ".join(map(_kind_name, arguments))
+    if kind is type(None):
+        return "null"
+    return kind.__name__ if isinstance(kind, type) and not arguments else str(kind)

@@ -29,6 +29,7 @@ from rlhf.callbacks.termination import Termination
 from rlhf.callbacks.wandb_log import WandbLog
 from rlhf.cli import rundir
 from rlhf.cli.errors import Interrupted
+from rlhf.cli.folders import require_folders
 from rlhf.cli.loggers import build_loggers, with_context
 from rlhf.cli.wandb_settings import require_key
 from rlhf.config import UserError, locate, nearest
@@ -186,8 +187,13 @@ class Job:
         return found[-1]
 
     def rollout_callback(self, samples: int) -> RolloutCallback:
-        """What answers the prompts of a batch before its step, `samples` times each, by `cfg.rollout`."""
+        """What answers the prompts of a batch before its step, `samples` times each, by `cfg.rollout`.
+
+        Raises:
+            UserError: the folder that it reads answers from, or saves them to, cannot be.
+        """
         tokenizer, rollout = self._tokenizer, self.cfg.rollout
+        require_folders(rollout, make=True)
         if rollout.max_out_tokens is None:
             rollout = dataclasses.replace(rollout, max_out_tokens=self.cfg.data.max_prompt_tokens + rollout.max_new_tokens)
         end, pad = end_of_turn_id(tokenizer), tokenizer.pad_token_id

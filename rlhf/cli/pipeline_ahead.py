@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import UserError
+from rlhf.cli.folders import require_folders
 from rlhf.data.phases import require_rows, require_text
 from rlhf.models.source import EXPORTS, find_export
 from rlhf.modules.scorers import require_scorer
@@ -50,7 +50,6 @@ def _require_rewards_and_answers(cfg: Any, root: Path) -> None:
         kwargs = cfg.ppo.reward_function_kwargs
         there = not any(made_here(value, root) for value in kwargs.values())
         require_scorer("ppo.reward_function", cfg.ppo.reward_function, kwargs, files=there)
-    if cfg.rollout.engine == "recorded" and not Path(cfg.rollout.recorded_path).is_dir():
-        raise UserError(f"rollout.recorded_path={cfg.rollout.recorded_path} is no folder: give the one that rollout.save_to of a run named")
+    require_folders(cfg.rollout, make=False)
     if cfg.ppo.ptx_coef > 0:
         require_text(cfg.data)

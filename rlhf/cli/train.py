@@ -54,6 +54,7 @@ def ppo(job: Job) -> dict:
     cfg, ppo = job.cfg, job.cfg.ppo
     with_critic, with_model = ppo.advantage == "gae", ppo.reward_source != "function"
     job.tokenizer("actor")
+    answers = job.rollout_callback(ppo.samples_per_prompt)
     for role in ("actor", "reward") if with_model else ("actor",):
         settings = getattr(cfg, role)
         if settings.init is None and not settings.model.pretrained:
@@ -61,7 +62,6 @@ def ppo(job: Job) -> dict:
                 "%s.init is not set: PPO starts from %s with random weights", role, "an actor" if role == "actor" else "a reward model"
             )
     data = job.data("ppo", ppo.batch_size, steps=ppo.iterations, eval_batches=0)
-    answers = job.rollout_callback(ppo.samples_per_prompt)
     callbacks: list[L.Callback] = [answers]
     if ppo.ptx_coef > 0:
         callbacks.append(PlainText(data, ppo.epochs * ppo.batch_size * ppo.samples_per_prompt))

@@ -170,7 +170,7 @@ class PPOConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be positive or null, got {value}")
         require(self.dual_clip is None or self.dual_clip > 1, f"dual_clip must be above 1 or null, got {self.dual_clip}")
-        require(self.iterations is None or self.iterations >= 0, f"iterations must not be negative, got {self.iterations}")
+        require(self.iterations is None or self.iterations >= 1, f"iterations must be at least 1 or null, got {self.iterations}")
         require_one_of("shuffle", self.shuffle, ("rows", "minibatches", "none"))
         require_one_of("kl_in", self.kl_in, ("reward", "loss"))
         require_one_of("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))

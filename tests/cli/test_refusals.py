@@ -92,6 +92,13 @@ RULES = {
     ),
     "no step": ((*SFT, "sft.max_steps=0"), ("sft.max_steps must be at least 1, got 0",)),
     "no step of a reward model": ((*REWARD, "rm.max_steps=0"), ("rm.max_steps must be at least 1, got 0",)),
+    "no iteration of ppo": ((*PPO, "ppo.iterations=0"), ("ppo.iterations must be at least 1 or null, got 0",)),
+    "answers saved where nothing can be": (
+        (*PPO, "rollout.save_to=/dev/null/x"), ("rollout.save_to=/dev/null/x cannot be made: Not a directory: give a folder you may write to",),
+    ),
+    "answers recorded nowhere": (
+        (*PPO, "rollout=recorded", "rollout.recorded_path=none"), ("rollout.recorded_path=none is no folder: give the one that rollout.save_to",),
+    ),
     "no step of dpo": (("dpo", "model@actor.model=tiny", *DATA, "dpo.max_steps=0"), ("dpo.max_steps must be at least 1, got 0",)),
     "a family that nobody knows": ((*SFT, "actor.model.family=lama"), ("model.family=lama (model tiny): transformers knows no such family", "'llama'")),
     "a width that is no number": ((*SFT, "actor.model.shape.hidden_size=abc"), ("actor.model.shape.hidden_size must be a whole number, got 'abc'",)),

@@ -154,7 +154,7 @@ def test_a_report_imports_no_torch(elsewhere: Path) -> None:
         ),
         (("s", "report.metrics=[kl,kll]"), "report.metrics: no finished run has the metric kll (did you mean 'kl'?)"),
         (("s", "report.metrics=[kl,kl]"), "report.metrics names a metric twice: ['kl', 'kl']"),
-        (("s", "report.direction=up"), "report.direction: expected"),
+        (("s", "report.direction=up"), "report.direction: expected one of higher, lower | null, got 'up'"),
         (("s", "report.out="), "report.out must not be empty; null stands for the default"),
         (("s", "report.out=s/sweep.yaml"), "report.out=s/sweep.yaml: cannot be written to: File exists"),
         (("a", "report.baseline=x"), "report.baseline is for runs and sweeps, and a holds published tables"),
@@ -165,7 +165,7 @@ def test_a_report_imports_no_torch(elsewhere: Path) -> None:
         (("a", "run_dir=x"), "run_dir: rlhf report leaves no run directory; report.out=PATH says where its page goes"),
         (("a", "trainer=gpu"), "trainer: no such key"),
         (("a", "report.run=b"), "report.run: no such key (did you mean 'report.runs'?)"),
-        (("report.runs=a",), "report.runs: expected list, got 'a'"),
+        (("report.runs=a",), "report.runs: expected list[str], got 'a'"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(
