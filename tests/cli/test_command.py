@@ -64,6 +64,13 @@ def test_help_lists_the_verbs_and_imports_nothing_heavy() -> None:
         assert re.search(rf"^  {verb} +{re.escape(what)}$", done.stdout, re.MULTILINE)
 
 
+def test_the_parent_of_ranks_leaves_deepspeed_to_them() -> None:
+    """It reads the device from the environment at the moment that it is imported, and says so on stderr."""
+    code = "import sys, rlhf.cli.pipeline; print('deepspeed' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "False\n"
+
+
 @pytest.mark.parametrize("words", [[], ["-h"], ["help"], ["--help"]])
 def test_no_verb_is_a_call_for_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
