@@ -29,6 +29,7 @@ from decoders import (
 )
 from kernel_checks import *  # noqa: F403
 from kernel_checks import random, shape_of, slots_of
+from kernel_properties import *  # noqa: F403
 from torch import Tensor
 
 from rlhf.inference.arena import make_arena
