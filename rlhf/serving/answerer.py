@@ -97,7 +97,7 @@ class Answerer:
         self.device = _device(device)
         self.dtype = DTYPES.get(dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         try:
-            service = self._service(f"{key}={checkpoint}", context, slots)
+            service = self._service(key, checkpoint, context, slots)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{key}={checkpoint} does not fit on the GPU with a cache of {slots} conversations: {str(error).splitlines()[0]}; lower "
@@ -106,14 +106,14 @@ class Answerer:
         self.worker = Worker(service)
         self.worker.start()
 
-    def _service(self, named: str, context: int | None, slots: int) -> Service:
+    def _service(self, key: str, checkpoint: str, context: int | None, slots: int) -> Service:
         model, self.tokenizer = load_policy(self.folder, device=self.device, dtype=self.dtype)
         self.template = ChatTemplate(self.tokenizer)
         self.context = _context(model.config, context)
         try:
             decoder = decoder_of(model, tokens=self.context)
         except UnsupportedFamily as error:
-            raise UserError(f"{named} cannot be chatted with: {error}; there are {', '.join(FAMILIES)}") from error
+            raise UserError(f"{key}={checkpoint} cannot be chatted with: {error}; there are {', '.join(FAMILIES)}") from error
         stop_ids = _stop_ids(model, self.tokenizer)
         del model  # of weights that the decoder holds in another layout, one copy is enough
         gc.collect()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import socket
@@ -18,9 +17,8 @@ from checkpoints import WORDS, save_policy, save_reward
 from openai import OpenAI
 from servers import PLAIN, SOME_WORDS, alone, loaded, questions, serving, settings
 
-from rlhf.inference.service import Drawn
 from rlhf.serving.answerer import Answerer
-from rlhf.serving.app import Mail, Server
+from rlhf.serving.app import Server
 from rlhf.serving.compare import Comparisons
 from rlhf.serving.judge import Judge
 from rlhf.serving.protocol import Refused
@@ -235,26 +233,6 @@ def test_a_setting_beyond_what_numbers_hold_harms_nobody(client: OpenAI, answere
         if "temperature" in settings_:
             assert said.choices[0].message.content == alone(answerers["after"], "name four fruits")
     assert answerers["after"].worker.error is None
-
-
-def test_a_token_that_comes_while_the_server_ends_breaks_no_model() -> None:
-    class Ending:
-        """Open when it is asked, closed when it is called."""
-
-        def is_closed(self) -> bool:
-            return False
-
-        def call_soon_threadsafe(self, _: Any) -> None:
-            raise RuntimeError("Event loop is closed")
-
-    async def boxed() -> Callable[[Drawn], None]:
-        return mail.box(asyncio.Queue())
-
-    mail = Mail()
-    drop = asyncio.run(boxed())
-    mail.loop = Ending()  # type: ignore[assignment]
-    drop(Drawn(5, -1.0, None))
-    assert not mail.on_its_way, "a server that begins anew hears of the next"
 
 
 def test_health_and_metrics(url: str) -> None:
