@@ -48,14 +48,15 @@ def explain(error: Exception, primary: str, folder: Path | None = None) -> str:
 
 
 def _no_such_option(name: str, folder: Path | None) -> str:
-    """`name` is a group and an option of it, which may lie in a folder of the group: experiment/dschat/opt-13b."""
-    group, _, option = name.partition("/")
+    """`name` is a group and an option of it, which may lie in a folder of the group: experiment/dschat/opt-13b. Only Hydra's own groups lie
+    in a folder themselves."""
+    group, _, option = name.partition("/") if not name.startswith("hydra/") else name.rpartition("/")
     inside, _, last = option.rpartition("/")
     places = [place / group / inside for place in (conf_dir(), folder) if place is not None]
     options = sorted({(Path(inside) / file.stem).as_posix() for place in places for file in place.glob("*.yaml")})
     longer = [one for one in options if last and last in one]
     hint = f" (did you mean {' or '.join(map(repr, longer))}?)" if longer else nearest(option, options)
-    return f"{group}={option}: no such option{hint}; there are {', '.join(options) or 'none'}"
+    return f"{group}={option}: no such option{hint}" + (f"; there are {', '.join(options)}" if options else "")
 
 
 def _unread(word: str, said: str) -> str:

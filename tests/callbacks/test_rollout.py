@@ -88,15 +88,22 @@ class Engine:
 
 @pytest.mark.parametrize("name", ["hybrid_engine", "hf_generate", "recorded"])
 def test_the_configured_engine_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf.callbacks.rollout.HybridEngine", lambda *args, **kwargs: ("hybrid_engine", args, kwargs))
+    made: Any = SimpleNamespace(close=lambda: None)
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        made.args, made.kwargs = args, kwargs
+        return made
+
+    monkeypatch.setattr("rlhf.callbacks.rollout.HybridEngine", make)
     settings = build(composed("ppo", "run_dir=x", f"rollout={name}", "rollout.recorded_path=x")).rollout
     callback = RolloutCallback(settings, samples=1, end_id=2, pad_id=PAD, tp=2)
-    trainer: Any = SimpleNamespace(strategy=SimpleNamespace())
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(closing=[]))
     callback.setup(trainer, RoleModule({}), "fit")
     if name == "hybrid_engine":
-        assert callback.engine == ("hybrid_engine", (trainer.strategy, settings), {"end_id": 2, "pad_id": PAD, "tp": 2})
+        assert callback.engine is made and made.args == (trainer.strategy, settings)
+        assert made.kwargs == {"end_id": 2, "pad_id": PAD, "tp": 2} and trainer.strategy.closing == [made.close]
     else:
-        assert type(callback.engine) is {"hf_generate": HFGenerate, "recorded": Recorded}[name]
+        assert type(callback.engine) is {"hf_generate": HFGenerate, "recorded": Recorded}[name] and not trainer.strategy.closing
 
 
 class Quiet(Engine):

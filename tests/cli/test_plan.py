@@ -105,7 +105,7 @@ def test_a_plan_imports_nothing_heavy(elsewhere: Path) -> None:
     [
         (
             ("hardware=h100",),
-            "hardware=h100: no such option (did you mean 'h100-80g'?); there are a100-40g, a100-80g, a6000, cpu, h100-80g",
+            "hardware=h100: no such option (did you mean 'h100-80g' or 'h100-80g-vm'?); there are a100-40g, a100-80g, a6000, cpu, h100-80g",
         ),
         (("trainer.devices=16",), "trainer.devices=16 is more than a node of a100-40g has (hardware.devices_per_node=8)"),
         (("ppo.batch_size=63",), "ppo.minibatch_size must divide batch_size x samples_per_prompt = 63"),
