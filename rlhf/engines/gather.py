@@ -25,15 +25,17 @@ def sharded_init(spec: EngineSpec) -> AbstractContextManager[object]:
     return deepspeed.zero.Init(config_dict_or_path=engine_config(spec))
 
 
-def gather_by_layer(network: Network) -> None:
+def gather_by_layer(network: Network, *, trained: bool) -> None:
     """ZeRO-3 makes all of a layer whole at once. To be called before the engine is made; see `ZeroConfig.gather_layers`.
 
-    DeepSpeed reduces a layer's gradients as soon as those of its inputs are there, or, where no input needs any, those of its outputs, which
+    In training DeepSpeed reduces a layer's gradients as soon as those of its inputs are there, or, where no input needs any, those of its outputs, which
     is before there are any. So the first layer's input needs one, even where only adapters learn.
     """
     kinds = {type(layer) for layer in network.layers}
-    if kinds:
-        set_z3_leaf_modules(network, list(kinds))
+    if not kinds:
+        return
+    set_z3_leaf_modules(network, list(kinds))
+    if trained:
         network.model.enable_input_require_grads()
 
 

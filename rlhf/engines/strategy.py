@@ -102,7 +102,7 @@ class RoleStrategy(DeepSpeedStrategy):
         if spec.training is None and spec.stage == 0:
             return network.to(self.root_device)  # nothing to shard and nothing to learn: no engine
         if spec.stage == 3 and spec.zero.gather_layers:
-            gather_by_layer(network)
+            gather_by_layer(network, trained=spec.training is not None)
         optimizer = scheduler = None
         if spec.training is not None:
             optimizer = build_optimizer(network, spec.training)

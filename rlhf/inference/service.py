@@ -263,7 +263,7 @@ class Service:
         self.top_k[at], self.seeds[at] = top_k, seeds
         self.temperature[at] = torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=self.device)
         self.top_p[at] = torch.tensor([r.top_p for r in requests], dtype=torch.float32, device=self.device)
-        drawn = self._draw(logits, at, self._kind(requests))
+        drawn = self._draw(logits, at, _needed(requests))
         for ticket in taken.values():
             ticket.steps = 1
         self._deliver(drawn, list(taken.items()))
@@ -271,7 +271,7 @@ class Service:
     def _begin(self, rows: list[tuple[int, Ticket]]) -> Begun:
         """Sends a step of these slots to the device, and what it draws to the host."""
         slots = [slot for slot, _ in rows]
-        steps = self.steps[self._kind([ticket.request for _, ticket in rows])]
+        steps = self.steps[_needed([ticket.request for _, ticket in rows])]
         steps.run(self._place(slots, steps))
         for _, ticket in rows:
             ticket.steps += 1
@@ -292,12 +292,6 @@ class Service:
             begun.ready.synchronize()
         self._deliver(begun.drawn, begun.rows)
         return True
-
-    def _kind(self, requests: list[Request]) -> Draw:
-        sampled = [request for request in requests if request.temperature > 0]
-        if any(request.top_k > 0 or request.top_p < 1 for request in sampled):
-            return "filtered"
-        return "sampled" if sampled else "greedy"
 
     def _decode(self, size: int, *, draw: Draw) -> None:
         rows = self.state.rows[:size]
@@ -344,6 +338,14 @@ class Service:
     def _release(self, slot: int) -> None:
         del self.active[slot]
         self.free.append(slot)
+
+
+def _needed(requests: list[Request]) -> Draw:
+    """What a step for all of them must be able to do."""
+    sampled = [request for request in requests if request.temperature > 0]
+    if any(request.top_k > 0 or request.top_p < 1 for request in sampled):
+        return "filtered"
+    return "sampled" if sampled else "greedy"
 
 
 class Worker(threading.Thread):

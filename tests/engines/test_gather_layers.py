@@ -46,7 +46,7 @@ def losses(family: str, stage: int, words: tuple[str, ...], *, by_layer: bool = 
     torch.manual_seed(0)
     network = build_network(blueprint, sharded=sharded_init(spec), gather=gathered_for_writing, is_writer=True)
     if stage == 3 and by_layer:
-        gather_by_layer(network)
+        gather_by_layer(network, trained=True)
         assert len(get_z3_leaf_modules(network)) == len(network.layers) == 2
     engine, *_ = deepspeed.initialize(
         model=network, optimizer=build_optimizer(network, training), config=engine_config(spec), dist_init_required=False
