@@ -34,6 +34,9 @@ Draw = Literal["greedy", "sampled", "filtered"]
 
 GATHER = 0.01
 """Seconds that a request may wait for others while answers are drawn: each pass over prompts stops all answers for about as long."""
+QUIET, PATIENCE = 0.004, 0.05
+"""While no answer is drawn: seconds without another request until those that wait are let in, and seconds after which they are in any case.
+A pass over prompts is hundreds of small calls, each of which lets go of Python: beside a thread that takes requests it lasts several times as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +144,8 @@ class Service:
         self.changed = threading.Condition()
         self.closed = False
         """Nothing more is taken: whoever ran the steps has ended, or ends once what is on its way is answered. Set under `changed`."""
+        if captures:
+            self._warm_up()
 
     # --- from any thread ---
 
@@ -173,6 +178,14 @@ class Service:
     def busy(self) -> bool:
         """Whether a request is waiting or being answered."""
         return bool(self.waiting or self.active or self.begun)
+
+    @property
+    def coming(self) -> bool:
+        """Whether requests wait that should go on waiting, because nothing is answered yet and others come right behind them."""
+        if self.active or self.begun or self.closed or not 0 < len(self.waiting) < self.slots:
+            return False
+        now = time.monotonic()
+        return now - self.waiting[-1].since < QUIET and now - self.waiting[0].since < PATIENCE
 
     # --- the stepping thread ---
 
@@ -212,6 +225,12 @@ class Service:
             steps.drop()
         self.cache.close()
         self.decoder.weights.close()
+
+    def _warm_up(self) -> None:
+        """Answers a prompt with one token: the kernels that read prompts are compiled at their first use, which took 2.3 s on an H100."""
+        nobody = Request(prompt=(0,) * min(64, self.tokens - 1), limit=1, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+        self.submit(nobody, lambda drawn: None)
+        self.step()
 
     def _drop_cancelled(self) -> None:
         with self.changed:
@@ -367,6 +386,8 @@ class Worker(threading.Thread):
                     service.changed.wait_for(lambda: service.busy or self.closing)
                     if self.closing and not service.busy:
                         return
+                    while service.coming:
+                        service.changed.wait(QUIET)
                 service.step()
         except BaseException as error:
             self.error = error

@@ -179,6 +179,41 @@ def test_requests_gather_while_an_answer_is_drawn(monkeypatch: pytest.MonkeyPatc
     assert busy(0, *prompts[7:9]) == 8 and len(service.waiting) == 1
 
 
+def test_an_idle_model_waits_for_requests_that_come_right_behind_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(serving.time, "monotonic", lambda: now[0])
+    service, prompts = service_of(noisy_model("opt"), slots=32, stop=None), mixed_prompts([5] * 32)
+    apart = 0.75 * serving.QUIET
+
+    def come(prompt: Any) -> bool:
+        now[0] += apart
+        service.submit(request(prompt), Heard())
+        return service.coming
+
+    assert not service.coming
+    assert come(prompts[0]) and come(prompts[1])
+    now[0] += serving.QUIET
+    assert not service.coming, "nobody came any more"
+    assert come(prompts[2]), "somebody did"
+    in_time = [come(prompt) for prompt in prompts[3:31]]
+    assert in_time[0] and not in_time[-1], "the first one has waited long enough"
+    service.step()
+    assert service.active and not come(prompts[31]), "answers under way wait by their own rule"
+
+
+def test_a_burst_of_requests_is_read_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "QUIET", 0.2)  # a slow machine takes its time to send them
+    passes: list[int] = []
+    prefill = Service._prefill
+    monkeypatch.setattr(Service, "_prefill", lambda self, taken: (passes.append(len(taken)), prefill(self, taken))[1])
+    worker = Worker(service_of(noisy_model("opt"), slots=8))
+    worker.start()
+    for prompt in mixed_prompts([5] * 8):
+        worker.service.submit(request(prompt), Heard())
+    worker.close()
+    assert passes == [8]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     service = service_of(noisy_model("opt"), slots=1)
     with pytest.raises(ValueError, match="120 tokens of a prompt and 9 of an answer do not fit into 128"):
