@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
@@ -114,6 +115,8 @@ class RoleStrategy(DeepSpeedStrategy):
             look_once(engine)
         if spec.zero.quantized_weights:
             engine.optimizer.quantize_nontrainable_params()
+            # A single rank "gathers" by other code, which looks for the quantizer on the class; DeepSpeed 0.19 puts it on instances only.
+            deepspeed.zero.Init.quantizer_module = CUDAQuantizer()
         restore_rotary(network)
         self.engines[role] = engine
         return engine
