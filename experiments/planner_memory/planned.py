@@ -18,6 +18,8 @@ from rlhf.planning.workload import workload
 
 HERE = Path(__file__).parent
 CARD = "h100-80g-vm"
+CARDS = {"NVIDIA H100 80GB HBM3": CARD, "NVIDIA H200": "h200-141g"}
+"""What the plan is asked for, by the card that was measured."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from measure import PARTS, read
-from planned import HERE, Prediction, load, predict
+from planned import CARDS, HERE, Prediction, load, predict
 
 PHASES = ("generate", "score", "train")
 LISTS = {"cases.yaml": "measured.csv", "protocol.yaml": "protocol.csv"}
@@ -31,7 +31,7 @@ def rows(cases_file: str) -> list[dict[str, Any]]:
     found = []
     for measured in read(HERE / LISTS[cases_file]):
         case = cases[measured["case"]]
-        plan = predict(case)
+        plan = predict(case, CARDS[measured["card"]])
         found.append(
             {"case": case, "plan": plan, "measured": measured, "memory": memory_errors(plan, measured), "time": time_error(plan, measured)}
         )

@@ -16,7 +16,8 @@ sys.path.insert(0, str(HERE.parent / "planner_memory"))
 from measure import read  # noqa: E402
 from planned import Prediction, load, predict  # noqa: E402
 
-HARDWARE = "h100-80g"
+HARDWARE = {"NVIDIA H100 80GB HBM3": "h100-80g", "NVIDIA H200": "h200-141g"}
+"""What the plan is asked for, by the card that was measured."""
 Row = dict[str, str]
 
 
@@ -26,21 +27,21 @@ def speed(row: Row) -> float:
 
 
 def efficiency(row: Row, done: dict[str, Row]) -> float | None:
-    """Speed of a GPU against that of one alone with the same actor."""
+    """Speed of a GPU against that of one alone with the same actor, if it was measured on such a card."""
     alone = done.get(f"{row['case'].split('-')[0]}-1")
-    return None if alone is None or alone is row else speed(row) / int(row["gpus"]) / speed(alone)
+    return None if alone is None or alone is row or alone["card"] != row["card"] else speed(row) / int(row["gpus"]) / speed(alone)
 
 
 def line(row: Row, plan: Prediction, done: dict[str, Row]) -> str:
     if row["status"] != "done":
-        return f"| {row['case']} | | | | | | | | {row['status']}: {row['message']} | | |"
+        return f"| {row['case']} | | | | | | | | {row['status']}: {row['message']} | | | |"
     share = efficiency(row, done)
     seconds, peak = float(row["iteration_s"]), float(row["iteration_gb"])
     planned, bytes_ = plan.seconds["iteration"], plan.bytes["iteration"] / 1e9
     parts = " | ".join(f"{float(row[f'{phase}_s']):.2f} ({plan.seconds[phase]:.2f})" for phase in ("generate", "score", "train"))
     return (
         f"| {row['case']} | {row['gpus']} | {row['sequences']} | {parts} | {seconds:.2f} ({planned:.2f}, {planned / seconds - 1:+.0%}) | {speed(row):.2f} | "
-        f"{'' if share is None else f'{share:.0%}'} | {float(row['tflops_per_gpu']):.0f} | {peak:.1f} ({bytes_ / peak - 1:+.1%}) |"
+        f"{'' if share is None else f'{share:.0%}'} | {float(row['tflops_per_gpu']):.0f} | {peak:.1f} ({bytes_ / peak - 1:+.1%}) | {row['card'].removeprefix('NVIDIA ')} |"
     )
 
 
@@ -66,11 +67,11 @@ def draw(done: dict[str, Row], plans: dict[str, Prediction]) -> None:
 
 def main() -> None:
     cases, rows = load(HERE / "cases.yaml"), {row["case"]: row for row in read(HERE / "results.csv")}
-    plans = {name: predict(cases[name], HARDWARE) for name in rows}
+    plans = {name: predict(cases[name], HARDWARE[row["card"]]) for name, row in rows.items()}
     done = {name: row for name, row in rows.items() if row["status"] == "done"}
     head = [
-        "| case | GPUs | sequences | generate, s (plan) | score, s | train, s | iteration, s | sequences/s | of one GPU's, each | TFLOP/s a GPU | peak, GB (plan) |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| case | GPUs | sequences | generate, s (plan) | score, s | train, s | iteration, s | sequences/s | of one GPU's, each | TFLOP/s a GPU | peak, GB (plan) | card |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     text = "\n".join([*head, *(line(row, plans[name], done) for name, row in rows.items())]) + "\n"
     (HERE / "table.md").write_text(text, encoding="utf-8")

@@ -144,8 +144,10 @@ class Service:
         self.changed = threading.Condition()
         self.closed = False
         """Nothing more is taken: whoever ran the steps has ended, or ends once what is on its way is answered. Set under `changed`."""
-        if captures:
-            self._warm_up()
+        if captures:  # what reads prompts is compiled at its first use, which took 2.3 s on an H100
+            nobody = Request(prompt=(0,) * min(64, tokens - 1), limit=1, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+            self.submit(nobody, lambda drawn: None)
+            self.step()
 
     # --- from any thread ---
 
@@ -225,12 +227,6 @@ class Service:
             steps.drop()
         self.cache.close()
         self.decoder.weights.close()
-
-    def _warm_up(self) -> None:
-        """Answers a prompt with one token: the kernels that read prompts are compiled at their first use, which took 2.3 s on an H100."""
-        nobody = Request(prompt=(0,) * min(64, self.tokens - 1), limit=1, temperature=0.0, top_k=0, top_p=1.0, seed=0)
-        self.submit(nobody, lambda drawn: None)
-        self.step()
 
     def _drop_cancelled(self) -> None:
         with self.changed:
@@ -336,11 +332,7 @@ class Service:
             tokens, logprobs = choose_each(logits, uniform, self.temperature[rows], *filters)
             record(tokens, logprobs, self.state, rows, self.sampling)
         state = self.state
-        drawn = (
-            state.tokens[rows],
-            state.logprobs[rows, state.counts[rows] - 1],
-            state.finished[rows],
-        )  # of an idle row: whatever is there
+        drawn = (state.tokens[rows], state.logprobs[rows, state.counts[rows] - 1], state.finished[rows])  # of an idle row: anything
         return torch.stack([column.double() for column in drawn], dim=1)
 
     def _deliver(self, drawn: Tensor, rows: list[tuple[int, Ticket]]) -> None:  # (B, 3)

@@ -252,7 +252,10 @@ class Clock:
             calls += gathers * role.network.layers
             if role.trained:
                 size += micros * gradients
-            loading = gathers * self.from_host(role, parameters)
+            again = micros if role.trained and role.checkpointing else 0.0
+            loading = (gathers + again) * self.from_host(role, parameters)
+            if role.zero.gather_layers:  # a whole layer comes at once, and nothing else meanwhile
+                return self.collective(size, calls) * (1 - self.efficiency.overlap) + loading
         else:
             loading = 0.0
             if role.trained:
