@@ -43,17 +43,26 @@ def written(config: dict[str, Any]) -> Path:
 
 def run_together(configs: list[dict[str, Any]], *, world: int) -> None:
     """Runs jobs one after the other on `world` fresh ranks; raises if a rank fails, with its output."""
-    files = [str(written(config)) for config in configs]
+    start_ranks(Path(__file__), *(str(written(config)) for config in configs), world=world)
+
+
+def start_ranks(script: Path, *words: str, world: int) -> list[str]:
+    """What each of `world` ranks of a script says; raises if one fails, with its output."""
     port = free_port()
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(
+        os.pathsep
+    )  # scripts import what tests do
     ranks = []
     for rank in range(world):
         environment = os.environ | rank_environment(rank, world, local_rank=rank, per_node=world, address="127.0.0.1", port=port)
-        command = [sys.executable, __file__, *files]
+        environment["PYTHONPATH"] = paths
+        command = [sys.executable, str(script), *words]
         ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     with ThreadPoolExecutor(world) as pool:  # all at once: a rank whose pipe is full would wait, and the others for it in a collective
         outputs = list(pool.map(lambda rank: rank.communicate(timeout=600)[0], ranks))
     for rank, output in zip(ranks, outputs, strict=True):
         assert rank.returncode == 0, output[-4000:]
+    return outputs
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import deepspeed
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -39,10 +40,21 @@ def gather_by_layer(network: Network, *, trained: bool) -> None:
         network.model.enable_input_require_grads()
 
 
-def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
+@contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Whole on every rank; changes are dropped at the end."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
+    _dequantise(sharded)
+    with deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext():
+        yield
+
+
+def _dequantise(sharded: list[Any]) -> None:
+    """Makes quantised weights whole as a forward pass does. `GatheredParameters` leaves out what is whole, and would return the others as integers:
+    in DeepSpeed 0.19 it only dequantises tensors that travel together, which go wrong elsewhere (see `engine_config`)."""
+    quantised = [p for p in sharded if hasattr(p.ds_tensor, "ds_quant_scale") and p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+    if quantised:
+        quantised[0].all_gather_coalesced(quantised, quantize=True).wait()
 
 
 def gathered_for_writing(parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
