@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "conf" / "experiment" / "dschat"
 BASES = {"sft", "reward", "dpo", "ppo"}
 """What the recipes of a step have in common; each is named by its verb."""
-RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in BASES)
+SHORT = {"opt-13b": "ppo_opt-13b_single_node", "opt-66b": "ppo_opt-66b_multi_node", "opt-175b": "ppo_opt-66b_multi_node"}
+"""Short names and the recipes that they are made of."""
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in BASES | set(SHORT))
 
 FOUR = {"rm_static", "full_hh_rlhf", "synthetic_instruct", "rlhf_reward_datasets"}
 ONE = {"rm_static"}
@@ -168,6 +170,13 @@ def test_the_constants_of_its_ppo_trainer() -> None:
     assert (ppo.kl_coef, ppo.kl_target, ppo.reward_clip, ppo.clip_range, ppo.value_clip_range) == (0.1, None, 5, 0.2, 0.2)
     assert (ppo.gamma, ppo.gae_lambda, ppo.entropy_coef, ppo.whiten_advantages, ppo.reward_scaling) == (1, 0.95, 0, False, False)
     assert ppo.value_loss_coef == 1.0, "the factor 0.5 is in the loss"
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_name_is_its_recipe(name: str) -> None:
+    changed = {} if name in SHORT[name] else {"model@actor.model": "opt-175b", "rollout.tp_gather_partition_size": 1}
+    long = composed("ppo", f"experiment=dschat/{SHORT[name]}", "run_dir=runs/x", *(f"{key}={value}" for key, value in changed.items()))
+    assert composed("ppo", f"experiment=dschat/{name}", "run_dir=runs/x") == long
 
 
 @pytest.mark.parametrize("name", RECIPES)

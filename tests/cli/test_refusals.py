@@ -25,7 +25,7 @@ WORDS = {
     "misspelt key of a sweep": (("sft", "-m", "sft.batch_sze=1,2"), ("sft.batch_sze", "'sft.batch_size'")),
     "misspelt option": (("sft", "model@actor.model=tinny"), ("model=tinny: no such option", "'tiny'", "there are bloom-176b")),
     "part of an experiment in a folder": (
-        ("plan", "experiment=dschat/opt-13b"), ("experiment=dschat/opt-13b: no such option", "'dschat/ppo_opt-13b_single_node'")
+        ("plan", "experiment=dschat/opt-30b"), ("experiment=dschat/opt-30b: no such option", "'dschat/ppo_opt-30b_lora_single_node'")
     ),
     "misspelt experiment": (("pipeline", "experiment=imdb"), ("experiment=imdb", "no such option", "imdb_sentiment")),
     "misspelt group": (("sft", "optimiser=adamw"), ("optimiser: no such key", "'sft.optimizer'")),

@@ -30,6 +30,8 @@ WIDE = {
     "llama": {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 12, "intermediate_size": 1280},
 }
 """DeepSpeed quantises tensors of more than half a million weights; halves of 768 x 768 and of 768 x 1280 have groups of different sizes."""
+GATHERED = ("layers", "modules", "node")
+"""A layer or a module at once; `node`: a layer at once, from the copy that the ranks of a node keep."""
 
 
 class Quantizer:
@@ -47,7 +49,7 @@ class Quantizer:
 
 
 @pytest.mark.parametrize("family", WIDE)
-@pytest.mark.parametrize("gather", ["layers", "modules"])
+@pytest.mark.parametrize("gather", GATHERED)
 def test_two_ranks_compute_with_their_weights_rounded(family: str, gather: str) -> None:
     for output in start_ranks(Path(__file__), family, gather, world=2):
         assert {"opt": "12 of 12", "llama": "14 of 14"}[family] + " quantised weights are right, and so are passes" in output, output
@@ -73,7 +75,7 @@ def run(family: str, gather: str) -> None:
     training = Training(
         optimizer=cfg.sft.optimizer, scheduler=cfg.sft.scheduler, total_steps=10, lora=cfg.actor.lora, micro_batch_size=2, accumulation=1
     )
-    zero = dataclasses.replace(cfg.actor.zero, gather_layers=gather == "layers")
+    zero = dataclasses.replace(cfg.actor.zero, gather_layers=gather != "modules", hpz_partition_size=2 if gather == "node" else 1)
     spec = EngineSpec(zero=zero, precision="fp16", training=training, reloadable=False)
     blueprint = Blueprint(
         kind="causal",
@@ -87,7 +89,7 @@ def run(family: str, gather: str) -> None:
     network = build_network(blueprint, sharded=sharded_init(spec), gather=gathered_for_writing, is_writer=torch.distributed.get_rank() == 0)
     with gathered(list(network.parameters())):
         before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    if gather == "layers":
+    if gather != "modules":
         gather_by_layer(network, trained=True)
     engine, *_ = deepspeed.initialize(
         model=network, optimizer=build_optimizer(network, training), config=engine_config(spec), dist_init_required=False
