@@ -48,6 +48,7 @@ def check(cfg: Any) -> None:
     _check_rollout(cfg)
     _check_tensor_parallel(cfg)
     _check_optimizers(cfg)
+    _check_reference(cfg)
     if hasattr(cfg, "ppo"):
         _check_critic(cfg)
         if "." in cfg.ppo.advantage:
@@ -103,6 +104,18 @@ def _check_optimizers(cfg: Any) -> None:
             )
         if optimizer.name == "fused_adam" and cfg.trainer.accelerator == "cpu":
             raise UserError(f"{step}.{key}.name=fused_adam needs a GPU, but trainer.accelerator=cpu: use adamw")
+
+
+def _check_reference(cfg: Any) -> None:
+    """A reference that is the actor without its adapters needs all the rest of the actor to stay as it was."""
+    if not getattr(getattr(cfg, "ref", None), "shared", False) or cfg.verb not in ("ppo", "dpo"):
+        return
+    lora = cfg.actor.lora
+    if lora.rank == 0 or not lora.only:
+        raise UserError(
+            f"ref.shared=true takes the actor without its adapters for the reference, but actor.lora.rank={lora.rank} and actor.lora.only="
+            f"{str(lora.only).lower()}: choose lora@actor.lora=r8 or r128_only, with which adapters alone learn, or ref.shared=false"
+        )
 
 
 def _divides(key: str, total: int, parts: int, what: str) -> None:

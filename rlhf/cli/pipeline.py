@@ -56,6 +56,7 @@ def step_config(config: Mapping[str, Any], step: str) -> dict[str, Any]:
     if step == "evaluate":
         start("actor", ("ppo", "actor"), ("sft", "actor"))
         start("reward", ("reward", "reward"))
+        part["ref"] = {**part["ref"], "shared": False}  # two exports are compared, whatever PPO held
         if "ppo" in steps:
             start("ref", ("sft", "actor"))
             if "sft" not in steps:

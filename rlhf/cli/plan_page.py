@@ -26,7 +26,7 @@ def print_plan(found: Report, *, enforce: bool) -> None:
 
 def _title(found: Report) -> str:
     work, hardware = found.work, found.machine.hardware
-    models = ", ".join(f"{role.name} {role.model}" for role in work.roles.values())
+    models = ", ".join(f"{role.name} {'the actor without adapters' if role.shared else role.model}" for role in work.roles.values())
     return f"rlhf {work.step} on {work.ranks} x {hardware.name}, {work.precision}: {models}"
 
 

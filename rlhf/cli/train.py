@@ -70,7 +70,7 @@ def ppo(job: Job) -> dict:
     blueprints = {
         "actor": job.blueprint("actor", kind="causal", trained=True),
         "critic": job.blueprint("critic", kind="scalar", trained=True) if with_critic else None,
-        "ref": job.blueprint("ref", kind="causal", trained=False, like="actor"),
+        "ref": None if cfg.ref.shared else job.blueprint("ref", kind="causal", trained=False, like="actor"),
         "reward": job.blueprint("reward", kind="scalar", trained=False) if with_model else None,
     }
     if ppo.greedy_rollouts:
@@ -96,7 +96,8 @@ def _ppo_engines(job: Job, data: RLHFData, *, with_critic: bool, with_model: boo
     }
     if with_critic:
         specs["critic"] = job.trained_engine("critic", ppo.critic_optimizer, ppo.critic_scheduler, total_steps=steps, **sizes)
-    specs["ref"] = job.frozen_engine(cfg.ref.zero)
+    if not cfg.ref.shared:
+        specs["ref"] = job.frozen_engine(cfg.ref.zero)
     if with_model:
         specs["reward"] = job.frozen_engine(cfg.reward.zero)
     return specs
@@ -111,7 +112,8 @@ def _reward_function(job: Job) -> RewardFunction | None:
 
 
 def dpo(job: Job) -> dict:
-    """The actor on the pairs of step 2, against a frozen ref: the weights it starts from, unless ref.init names others."""
+    """The actor on the pairs of step 2, against a frozen ref: the weights it starts from, unless ref.init names others. With ref.shared they
+    are held once."""
     cfg, step = job.cfg, job.cfg.dpo
     job.tokenizer("actor")
     if cfg.actor.init is None and not cfg.actor.model.pretrained:
@@ -123,14 +125,13 @@ def dpo(job: Job) -> dict:
     specs = {
         "actor": job.trained_engine(
             "actor", step.optimizer, step.scheduler, total_steps=total, batch_size=step.batch_size, micro=step.micro_batch_size
-        ),
-        "ref": job.frozen_engine(cfg.ref.zero),
+        )
     }
     L.seed_everything(cfg.seed, verbose=False)
-    blueprints = {
-        "actor": job.blueprint("actor", kind="causal", trained=True),
-        "ref": job.blueprint("ref", kind="causal", trained=False, like="actor"),
-    }
+    blueprints = {"actor": job.blueprint("actor", kind="causal", trained=True)}
+    if not cfg.ref.shared:
+        specs["ref"] = job.frozen_engine(cfg.ref.zero)
+        blueprints["ref"] = job.blueprint("ref", kind="causal", trained=False, like="actor")
     return job.fit(DPO(step, blueprints), job.strategy(specs), data, total=total, extra=[])
 
 

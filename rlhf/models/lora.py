@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from peft import LoraConfig as PeftLora
@@ -85,6 +85,21 @@ def init_adapters(model: nn.Module, gather: Gather, is_writer: bool) -> None:
             if is_writer or a.numel():
                 a.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape, device="cpu"), a=math.sqrt(5), generator=generator))
                 nn.init.zeros_(b)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model as it was before it had adapters, and without dropout. For passes that nothing is learned from."""
+    layers, training = adapted_layers(model).values(), model.training
+    model.eval()
+    for layer in layers:
+        layer._disable_adapters = True  # PEFT's own switch also says which parameters learn, and engines have asked already
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+        model.train(training)
 
 
 def layer_parameters(layer: LoraLayer) -> list[nn.Parameter]:

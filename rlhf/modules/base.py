@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rlhf.engines.strategy import RoleStrategy, StepResult
 from rlhf.logging import PhaseClock
 from rlhf.models.factory import Blueprint, build_network, freeze
+from rlhf.models.lora import without_adapters
 from rlhf.types import Rows
 
 AnyBatch = TypeVar("AnyBatch", bound=Rows)
@@ -83,6 +84,20 @@ class RoleModule(L.LightningModule):
             if role not in self.trained and hasattr(self, role):
                 getattr(self, role).eval()
         return self
+
+    def reference(self, ids: Tensor, mask: Tensor, *, last: int) -> Tensor:
+        """Logits (B, last, V) of what the actor was before it learned: a network of its own, or the actor without its adapters. Nothing is
+        learned from them.
+
+        Args:
+            ids, mask: (B, T).
+            last: as for `CausalLM`.
+        """
+        with torch.no_grad():
+            if "ref" in self.blueprints:
+                return self.ref(ids, mask, last=last)
+            with without_adapters(self.strategy.network("actor")):
+                return self.actor(ids, mask, last=last)
 
     def passes(self, batch: AnyBatch) -> Iterator[AnyBatch]:
         """The rows of each forward pass of a batch."""

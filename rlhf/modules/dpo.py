@@ -5,6 +5,7 @@ Knows which log-probabilities the loss takes; knows no engine beyond `backward` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -27,7 +28,7 @@ class DPO(RoleModule):
     def __init__(self, dpo: DPOConfig, blueprints: dict[str, Blueprint]) -> None:
         """
         Args:
-            blueprints: of `actor` and of `ref`, which should start from the same weights.
+            blueprints: of `actor` and of `ref`, which should start from the same weights; without a `ref` the actor minus its adapters is it.
         """
         super().__init__(blueprints)
         self.dpo, self.micro_batch_size = dpo, dpo.micro_batch_size
@@ -54,9 +55,9 @@ class DPO(RoleModule):
         answers = torch.cat(answer_masks(batch.chosen_ids, batch.rejected_ids, batch.chosen_mask, batch.rejected_mask))  # (2B, T)
         width = _answer_width(answers)  # A: columns before the first answer token of the batch need no logits, the largest tensor here
         answers = answers[:, -width:]  # (2B, A)
-        logprobs = self._logprobs("actor", ids, mask, width)  # (2B, A)
-        with torch.no_grad():
-            ref_logprobs = self._logprobs("ref", ids, mask, width)  # (2B, A)
+        # The reference first: it may be the actor itself, whose backward pass should follow its own forward pass.
+        ref_logprobs = self._logprobs(self.reference, ids, mask, width)  # (2B, A)
+        logprobs = self._logprobs(self.actor, ids, mask, width)  # (2B, A)
         average = self.dpo.loss == "ipo"
         policy = answer_logprobs(logprobs, answers, average=average)  # (2B,)
         ref = answer_logprobs(ref_logprobs, answers, average=average)  # (2B,)
@@ -76,9 +77,9 @@ class DPO(RoleModule):
             "drift": drift(logprobs, ref_logprobs, answers),
         }
 
-    def _logprobs(self, role: str, ids: Tensor, mask: Tensor, width: int) -> Tensor:
+    def _logprobs(self, network: Callable[..., Tensor], ids: Tensor, mask: Tensor, width: int) -> Tensor:
         """(2B, T), (2B, T) -> (2B, width): log-probability of each of the last `width` tokens, given what comes before it."""
-        logits = getattr(self, role)(ids, mask, last=width + 1)  # (2B, A + 1, V)
+        logits = network(ids, mask, last=width + 1)  # (2B, A + 1, V)
         # The last column is scored and dropped: cutting the logits would cost a padded copy in the backward pass.
         following = ids[:, -width - 1 :].roll(-1, dims=1)  # (2B, A + 1)
         return token_logprobs(logits, following)[:, :-1]

@@ -174,7 +174,7 @@ class PPO(RoleModule):
             logprobs = rollout.logprobs.float()
         else:
             logprobs = token_logprobs(self.actor(rollout.ids, rollout.mask, last=width)[:, :-1], answers, temperature=self.temperature)
-        ref_logprobs = token_logprobs(self.ref(rollout.ids, rollout.mask, last=width)[:, :-1], answers, temperature=self.temperature)
+        ref_logprobs = token_logprobs(self.reference(rollout.ids, rollout.mask, last=width)[:, :-1], answers, temperature=self.temperature)
         values = self._values(rollout.ids, rollout.mask, answers.shape[1])
         scores = torch.zeros(len(answers), device=answers.device)  # (B,)
         if self.ppo.reward_source != "function":

@@ -120,7 +120,15 @@ class Knob:
 
 
 def with_role(work: Workload, name: str, **values: Any) -> Workload:
-    return dataclasses.replace(work, roles=work.roles | {name: dataclasses.replace(work.roles[name], **values)})
+    roles = work.roles | {name: dataclasses.replace(work.roles[name], **values)}
+    if "ref" in roles and roles["ref"].shared:
+        roles["ref"] = dataclasses.replace(roles["ref"], zero=roles["actor"].zero, stage=roles["actor"].stage)
+    return dataclasses.replace(work, roles=roles)
+
+
+def owners(work: Workload) -> list[Role]:
+    """Roles with weights of their own, which can be sharded."""
+    return [role for role in work.roles.values() if not role.shared]
 
 
 def _sharded(work: Workload, role: Role, stage: int, *, offload: bool = False) -> Workload:
@@ -155,7 +163,7 @@ def zero_words(work: Workload, role: Role, stage: int, *, offload: bool = False)
 def shard_all(work: Workload, stage: int, *, offload: bool = False) -> tuple[Words, Workload]:
     """Every role at a stage. A frozen role knows 0 and 3 only, and offloads parameters at 3."""
     words: list[str] = []
-    for role in work.roles.values():
+    for role in owners(work):
         if not role.trained and stage != 3:
             continue
         words += zero_words(work, role, stage, offload=offload)
@@ -186,6 +194,9 @@ def knobs(work: Workload, machine: Machine) -> Iterator[Knob]:
         yield Knob(tuple(sizes), _sizes(size, min(score, work.score_micro) if work.step == "ppo" else size))
     if plain:
         yield Knob(tuple(f"{r.name}.gradient_checkpointing=true" for r in plain), _each([r.name for r in plain], checkpointing=True))
+    if "ref" in work.roles and work.roles["ref"].shareable:
+        frozen = work.roles["ref"]
+        yield Knob(("ref.shared=true", *(["zero@ref.zero=z0"] if frozen.zero.stage else [])), _each(["ref"], shared=True, shareable=False))
     yield from _rollout_knobs(work)
     if work.ranks > 1:
         for stage in (2, 3):
@@ -304,7 +315,7 @@ def candidates(work: Workload, machine: Machine) -> Iterator[tuple[Words, Worklo
 def _whole(work: Workload, stage: int, offload: bool) -> tuple[Words, Workload]:
     """Every role at a stage, and frozen ones whole below 3."""
     words: list[str] = []
-    for role in list(work.roles.values()):
+    for role in owners(work):
         runs = stage if role.trained or stage == 3 else 0
         away = offload and (role.trained or stage == 3)
         words += zero_words(work, role, runs, offload=away)

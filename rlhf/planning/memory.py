@@ -203,7 +203,7 @@ def _training(role: Role, work: Workload) -> list[Item]:
 
 
 def _reference(work: Workload) -> list[Item]:
-    """DPO runs the reference between the actor's forward and backward pass; what it gathers is gone before the latter, but may be cached."""
+    """DPO runs the reference before the actor; what it gathers is gone by then, but may be cached."""
     return [Item("ref", "gather buffers", states.gather_buffer(work.roles["ref"], work))]
 
 

@@ -40,7 +40,7 @@ def sharded(role: Role, work: Workload) -> int:
 def weights(role: Role, work: Workload) -> float:
     """Parameters and adapters on the GPU. MixZ++ keeps frozen weights in 8 bits (estimate: without scales), and with a secondary
     partition another 8-bit copy split within a node."""
-    if role.zero.offload_params:
+    if role.zero.offload_params or role.shared:
         return 0.0
     ranks = work.ranks if role.stage == 3 else 1
     total = role.parameters + role.adapters
@@ -151,6 +151,8 @@ def pinned(size: float) -> float:
 def host(role: Role, work: Workload) -> float:
     """Host memory of one rank in training."""
     size = 0.0
+    if role.shared:
+        return size
     total = role.parameters + role.adapters
     if role.zero.offload_params:
         size += pinned(total * work.element / work.ranks)
@@ -169,4 +171,4 @@ def host(role: Role, work: Workload) -> float:
 def building(role: Role, work: Workload) -> float:
     """Host memory of one rank before training: a network that ZeRO-3 does not shard is built on the host, all of them before the first
     one moves to its GPU."""
-    return 0.0 if role.stage == 3 else float(role.parameters + role.adapters) * work.element
+    return 0.0 if role.stage == 3 or role.shared else float(role.parameters + role.adapters) * work.element

@@ -6,6 +6,7 @@ tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,6 +48,10 @@ class Role:
     """A moving average of it is kept (callbacks=ema)."""
     drops: bool
     """Dropout acts in training."""
+    shared: bool = False
+    """A reference without weights of its own: the actor's pass without adapters, gathered as the actor is."""
+    shareable: bool = False
+    """A reference that might be so, as adapters alone learn and both start from the same weights."""
 
     @property
     def parameters(self) -> int:
@@ -183,7 +188,7 @@ def _supervised(cfg: Any) -> Workload:
     kind: Any = "scalar" if cfg.verb == "reward" else "causal"
     roles = {role: _trained(cfg, role, kind, settings.optimizer.name)}
     if cfg.verb == "dpo":
-        roles["ref"] = _frozen(cfg, "ref", "causal", cfg.ref.zero, cfg.actor)
+        roles["ref"] = _reference(cfg, roles["actor"])
     common = _common(cfg)
     micro = rows * (settings.micro_batch_size or share)
     return Workload(
@@ -198,7 +203,7 @@ def _ppo(cfg: Any) -> Workload:
     roles = {"actor": _trained(cfg, "actor", "causal", ppo.actor_optimizer.name)}
     if ppo.advantage == "gae":
         roles["critic"] = _trained(cfg, "critic", "scalar", ppo.critic_optimizer.name)
-    roles["ref"] = _frozen(cfg, "ref", "causal", cfg.ref.zero, cfg.actor)
+    roles["ref"] = _reference(cfg, roles["actor"])
     if ppo.reward_source != "function":
         roles["reward"] = _frozen(cfg, "reward", "scalar", cfg.reward.zero, cfg.reward)
     batch, minibatch = ppo.batch_size * ppo.samples_per_prompt // world, ppo.minibatch_size // world
@@ -228,6 +233,13 @@ def _frozen(cfg: Any, name: str, kind: Literal["causal", "scalar"], zero: ZeroCo
         name=name, kind=kind, network=network(like.model, "actor" if name == "ref" else name), model=like.model.name, zero=zero,
         stage=3 if zero.stage == 3 else 0, trained=False, lora=None, checkpointing=False, optimizer=None, averaged=False, drops=False,
     )  # fmt: skip
+
+
+def _reference(cfg: Any, actor: Role) -> Role:
+    role = _frozen(cfg, "ref", "causal", cfg.ref.zero, cfg.actor)
+    if cfg.ref.shared:
+        return dataclasses.replace(role, zero=actor.zero, stage=actor.stage, shared=True)
+    return dataclasses.replace(role, shareable=actor.lora is not None and actor.lora.only and cfg.ref.init is None)
 
 
 def _averaged(callbacks: Any) -> str | None:

@@ -161,6 +161,16 @@ class FrozenConfig:
 
     zero: ZeroConfig
     init: str | None
+    shared: bool
+    """The actor answers for it with its adapters off, so that no second copy of its weights is held. Needs adapters that alone learn
+    (`actor.lora.only`)."""
 
     def __post_init__(self) -> None:
+        require(
+            not self.shared or self.init is None, f"shared=true starts where the actor starts, so that init={self.init} would say nothing"
+        )
+        require(
+            not self.shared or self.zero.stage == 0,
+            f"shared=true has no weights that zero.stage={self.zero.stage} could shard: choose zero@ref.zero=z0",
+        )
         require(self.zero.stage in (0, 3), f"zero.stage of a frozen role must be 0 or 3, got {self.zero.stage}")

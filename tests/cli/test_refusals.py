@@ -93,6 +93,16 @@ RULES = {
     "no step": ((*SFT, "sft.max_steps=0"), ("sft.max_steps must be at least 1, got 0",)),
     "no step of a reward model": ((*REWARD, "rm.max_steps=0"), ("rm.max_steps must be at least 1, got 0",)),
     "no iteration of ppo": ((*PPO, "ppo.iterations=0"), ("ppo.iterations must be at least 1 or null, got 0",)),
+    "a shared reference of an actor that learns whole": (
+        (*PPO, "ref.shared=true", "lora@actor.lora=r64"), ("ref.shared=true takes the actor without its adapters", "actor.lora.rank=64 and actor.lora.only=false"),
+    ),
+    "a shared reference in an evaluation": ((*EVALUATE, "actor.init=x", "ref.shared=true"), ("ref.shared=true is for training", "ref.init")),
+    "a shared reference that starts elsewhere": (
+        (*PPO, "ref.shared=true", "ref.init=x", "lora@actor.lora=r8", "actor.lora.only=true"), ("ref.shared=true starts where the actor starts", "init=x"),
+    ),
+    "a shared reference that is sharded": (
+        (*PPO, "ref.shared=true", "zero@ref.zero=z3", "lora@actor.lora=r8", "actor.lora.only=true"), ("ref.shared=true has no weights", "zero@ref.zero=z0"),
+    ),
     "answers saved where nothing can be": (
         (*PPO, "rollout.save_to=/dev/null/x"), ("rollout.save_to=/dev/null/x cannot be made: Not a directory: give a folder you may write to",),
     ),

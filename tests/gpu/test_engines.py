@@ -121,6 +121,7 @@ JOBS = {
     "fp16 offload": ("trainer.precision=fp16", *OFFLOADED),
     "fp16 mixz": ("trainer.precision=fp16", "zero@actor.zero=mixz", "lora@actor.lora=r8", *QUANTISED),
     "bf16 lora": ("trainer.precision=bf16", "lora@actor.lora=r8", "zero@actor.zero=z2", "actor.gradient_checkpointing=true"),
+    "bf16 shared": ("trainer.precision=bf16", "lora@actor.lora=r8", "zero@actor.zero=z3", "ref.shared=true"),
     "bf16 fused": ("trainer.precision=bf16", "ppo.actor_optimizer.name=fused_adam", "ppo.critic_optimizer.name=fused_adam"),
 }  # fmt: skip
 

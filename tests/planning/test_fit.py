@@ -86,6 +86,28 @@ def test_every_knob_says_what_it_does() -> None:
     assert {"ppo.micro_batch_size", "actor.gradient_checkpointing", "zero@actor.zero", "tp", "rollout.pin_parameters"} <= seen
 
 
+def test_a_shared_reference_follows_the_actor() -> None:
+    """It costs no memory of its own, is offered where it may be, and is gathered as the actor is, however that ends up."""
+    lora = ("lora@actor.lora=r128_only", "trainer.devices=2")
+    work, card = job(*lora, "zero@ref.zero=z3", actor="opt-13b"), machine()
+    offered = [knob for knob in knobs(work, card) if "ref.shared=true" in knob.words]
+    assert [knob.words for knob in offered] == [("ref.shared=true", "zero@ref.zero=z0")]
+    shared = again(offered[0].words, *lora, actor="opt-13b")
+    assert shared == offered[0].apply(work)
+    assert all(
+        item.role != "ref" or item.part in ("activations", "logits", "gather buffers")
+        for phase in card.memory(shared).phases
+        for item in phase.items
+    )
+    saved = card.memory(work).peak - card.memory(shared).peak
+    assert saved > 0.9 * work.roles["ref"].parameters * 2 / 2, "half of its weights, in two bytes each, lay on each of two cards"
+    for knob in knobs(shared, card):
+        assert again(knob.words, *lora, "ref.shared=true", actor="opt-13b") == knob.apply(shared), knob.words
+        assert not any(word.startswith("zero@ref") for word in knob.words)
+    assert not [knob for knob in knobs(job("lora@actor.lora=r128"), card) if "ref.shared=true" in knob.words], "all of the actor learns"
+    assert not [knob for knob in knobs(job(*lora, "ref.init=elsewhere"), card) if "ref.shared=true" in knob.words]
+
+
 def test_search_finds_the_fastest_that_fits() -> None:
     work, card = job(*LARGE, "actor.gradient_checkpointing=true"), machine()
     found = search(work, card)

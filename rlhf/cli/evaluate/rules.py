@@ -16,6 +16,8 @@ def require_no_contradiction(cfg: Any) -> None:
     answers = evaluation.prompts > 0
     if cfg.actor.init is None and not cfg.actor.model.pretrained:
         raise UserError("actor.init is not set: name the run directory or export to evaluate")
+    if cfg.ref.shared:
+        raise UserError("ref.shared=true is for training: an evaluation compares exports, and the one before is ref.init")
     if cfg.ref.init is not None and cfg.ref.init == cfg.actor.init:
         raise UserError("ref.init and actor.init are the same: there is nothing to compare")
     if not (answers or evaluation.texts or evaluation.fixed_prompts or (evaluation.pairs and cfg.reward.init is not None)):
