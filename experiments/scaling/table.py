@@ -46,22 +46,22 @@ def line(row: Row, plan: Prediction, done: dict[str, Row]) -> str:
 
 
 def draw(done: dict[str, Row], plans: dict[str, Prediction]) -> None:
-    """A panel for each actor: their speeds are far apart."""
-    actors = {name.split("-")[0]: [case for case in done if case.split("-")[0] == name.split("-")[0]] for name in done}
-    sizes = [len(cases) for cases in actors.values()]
-    figure, panels = plt.subplots(
-        1, len(actors), figsize=(2 + 1.1 * len(done), 3.6), layout="constrained", squeeze=False, width_ratios=sizes
-    )
-    for axes, (actor, cases) in zip(panels[0], actors.items(), strict=True):
-        measured = [speed(done[case]) / int(done[case]["gpus"]) for case in cases]
-        planned = [int(done[case]["sequences"]) / plans[case].seconds["iteration"] / int(done[case]["gpus"]) for case in cases]
-        axes.bar([i - 0.2 for i in range(len(cases))], measured, 0.4, color="#1f77b4", label="measured")
-        axes.bar([i + 0.2 for i in range(len(cases))], planned, 0.4, color="#bbbbbb", label="planned")
-        axes.set_xticks(range(len(cases)), [case.removeprefix(f"{actor}-") for case in cases], rotation=20, ha="right")
-        axes.set_title(f"OPT-{actor.upper()}", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("sequences/s a GPU")
-    panels[0][-1].legend(frameon=False)
+    """Work of a GPU by the paper's formula, which makes actors of all sizes comparable; the largest actor at the bottom."""
+    cases = sorted(done, key=lambda case: float(case.partition("b-")[0]))
+    measured = [float(done[case]["tflops_per_gpu"]) for case in cases]
+    planned = [
+        rate * float(done[case]["iteration_s"]) / plans[case].seconds["iteration"] for case, rate in zip(cases, measured, strict=True)
+    ]
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.32 * len(cases)), layout="constrained")
+    for card, colour in (("NVIDIA H100 80GB HBM3", "#1f77b4"), ("NVIDIA H200", "#2ca02c")):
+        there = [i for i, case in enumerate(cases) if done[case]["card"] == card]
+        axes.barh(there, [measured[i] for i in there], 0.6, color=colour, label=card.removeprefix("NVIDIA "))
+    axes.plot(planned, range(len(cases)), "|", color="black", markersize=13, markeredgewidth=2, label="planned")
+    axes.set_yticks(range(len(cases)), [f"OPT-{case.replace('b-', 'B, ', 1)}" for case in cases])
+    axes.invert_yaxis()
+    axes.set_xlabel("TFLOP/s a GPU by the paper's formula")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3)
     figure.savefig(HERE / "scaling.png", dpi=120)
 
 

@@ -94,7 +94,7 @@ class RoleModule(L.LightningModule):
             last: as for `CausalLM`.
         """
         with torch.no_grad():
-            if "ref" in self.blueprints:
+            if hasattr(self, "ref"):
                 return self.ref(ids, mask, last=last)
             with without_adapters(self.strategy.network("actor")):
                 return self.actor(ids, mask, last=last)
