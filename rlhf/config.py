@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import sys
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace, UnionType
@@ -27,6 +27,8 @@ TOP_LEVEL = (
 """Every key that a verb or a sweep may have at the top: another one would be read by nobody."""
 LARGEST_SEED = 2**32 - 1
 """numpy's limit."""
+LARGEST = 3.4e38
+"""fp32's limit: what is larger becomes infinite, or an error in the middle of a step."""
 
 
 class UserError(ValueError):
@@ -94,7 +96,8 @@ def _build_target(node: Mapping[str, Any], key: str) -> Any:
         plain = typing.get_origin(kind) is dict
         values[name] = dict(value) if plain and isinstance(value, Mapping) else build(value, where)
         if not fits(values[name], kind):
-            raise UserError(f"{where}: expected {_kind_name(kind)}, got {value!r}")
+            large = isinstance(value, int | float) and LARGEST < abs(value) < math.inf
+            raise UserError(f"{where}: expected {_kind_name(kind)}, got {value!r}{', which is more than fp32 holds' if large else ''}")
         if kind is float and values[name] is not None:
             values[name] = float(values[name])  # type: ignore[arg-type]
     try:
@@ -106,7 +109,7 @@ def _build_target(node: Mapping[str, Any], key: str) -> Any:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value from YAML can stand for an annotation; an int is a float; a bool, NaN or infinity is no number."""
+    """Whether a value from YAML can stand for an annotation; an int is a float; a bool, NaN or what fp32 does not hold is no number."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return True
@@ -123,7 +126,7 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, origin) and all(all(map(fits, pair, arguments)) for pair in value.items())
     if kind in (int, float):
         is_number = isinstance(value, kind if kind is int else int | float) and not isinstance(value, bool)
-        return is_number and abs(value) <= sys.float_info.max
+        return is_number and abs(value) <= LARGEST
     return isinstance(value, kind)
 
 
