@@ -5,6 +5,7 @@ Knows how the steps hang together; knows no training.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from rlhf.cli.wandb_settings import require_key
 from rlhf.config import UserError, build
 from rlhf.logging import log
 from rlhf.rules import critic_start
+from rlhf.sweeping.cells import INTERRUPTED
 
 PARTS = {step: TRAINING[step] for step in ("sft", "reward", "ppo")} | {"evaluate": EVALUATE}
 """Which sections of the pipeline's config each step has."""
@@ -108,7 +110,10 @@ def run_pipeline(config: Mapping[str, Any]) -> dict[str, Any]:
             summaries[step] = _run_step(step_config(config, step))
             log.info("%s done in %.0f s", step, summaries[step]["seconds"].get("total", 0.0))
     except (UserError, JobFailed) as error:
-        _end(config, summaries, time.perf_counter() - start, **_reason(config, steps[len(summaries)], error, begun=bool(summaries)))
+        reason = _reason(config, steps[len(summaries)], error, begun=bool(summaries))
+        _end(config, summaries, time.perf_counter() - start, **reason)
+        if reason["error"].startswith(INTERRUPTED):  # the step has said how it alone goes on
+            log.info("the pipeline goes on with rlhf pipeline resume=true %s", shlex.quote(f"run_dir={run_dir}"))
         raise
     return _end(config, summaries, time.perf_counter() - start, status="done")
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from jobs import composed
 from refusals import SFT, Refused, begun, contents, says
 
+from rlhf.cli.job import JobFailed
+from rlhf.cli.pipeline import run_pipeline
 from rlhf.cli.rundir import claim, read_summary, write_summary
 from rlhf.config import UserError
+from rlhf.logging import log
 
 
 @pytest.mark.parametrize("status", ["done", "failed", None], ids=["done", "failed", "killed"])
@@ -51,6 +57,24 @@ def test_a_run_that_was_refused_on_its_way_is_a_run(refused: Refused, pairs: Pat
     says(refused(*words), ("already holds a run",))
     (run_dir / "metrics.csv").unlink()
     says(refused(*words, "data.sources=[piars]"), ("piars",))
+
+
+def test_a_stopped_pipeline_says_how_the_whole_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its step has said how the step does, which is another directory and another verb."""
+    run_dir = tmp_path / "my run"
+
+    def stopped(config: Mapping[str, Any]) -> dict[str, Any]:
+        write_summary(config, "failed", error=f"Interrupted: stopped; go on with resume=true run_dir={config['run_dir']}")
+        raise JobFailed(1)
+
+    monkeypatch.setattr("rlhf.cli.pipeline._run_step", stopped)
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level("INFO", log.name)
+    with pytest.raises(JobFailed):
+        run_pipeline(composed("pipeline", "steps=[sft,reward]", "logger=csv", f"run_dir={run_dir}"))
+    assert caplog.messages[-1] == f"the pipeline goes on with rlhf pipeline resume=true 'run_dir={run_dir}'"
 
 
 def test_a_pipeline_whose_first_step_was_refused_on_its_way_is_a_run(tmp_path: Path) -> None:
