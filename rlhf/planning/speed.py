@@ -239,27 +239,40 @@ class Clock:
         return seconds + calls * efficiency.collective_us * MICRO
 
     def communication(self, role: Role) -> float:
-        """Gradients and parameters between ranks, less what computing hides."""
-        work, ranks = self.work, self.work.ranks
-        share = (ranks - 1) / ranks
-        parameters = float(role.parameters + role.adapters) * work.element
+        """Gradients and parameters between ranks and from the host, less what computing hides."""
+        gathers = self.gathers(role)
+        exchanged = self.collective(*self.exchanged(role, gathers))
+        loading = self.loading(role, gathers)
+        if role.stage == 3 and role.zero.gather_layers:  # a whole layer comes at once, and nothing else meanwhile
+            return exchanged * (1 - self.efficiency.overlap) + loading
+        return (exchanged + loading) * (1 - self.efficiency.overlap)
+
+    @property
+    def micro_batches(self) -> float:
+        """Forward and backward passes of a role that learns."""
+        return self.work.passes * self.work.batch / self.work.micro
+
+    def gathers(self, role: Role) -> float:
+        """How often all of a role's parameters are made whole."""
+        if role.stage != 3:
+            return 0.0
+        scoring = self.work.batch / self.work.score_micro if role in scoring_roles(self.work) else 0.0
+        return scoring + (2 * self.micro_batches if role.trained else 0.0)
+
+    def exchanged(self, role: Role, gathers: float) -> tuple[float, float]:
+        """Bytes that every rank receives, and calls that bring them."""
+        work = self.work
+        share = (work.ranks - 1) / work.ranks
         gradients = role.trainable * work.element * share
-        micros = work.passes * work.batch / work.micro
-        size = calls = 0.0
         if role.stage == 3:
-            gathers = (work.batch / work.score_micro if role in scoring_roles(work) else 0.0) + (2 * micros if role.trained else 0.0)
-            size += gathers * parameters * share
-            calls += gathers * role.network.layers
-            if role.trained:
-                size += micros * gradients
-            again = micros if role.trained and role.checkpointing else 0.0
-            loading = (gathers + again) * self.from_host(role, parameters)
-            if role.zero.gather_layers:  # a whole layer comes at once, and nothing else meanwhile
-                return self.collective(size, calls) * (1 - self.efficiency.overlap) + loading
-        else:
-            loading = 0.0
-            if role.trained:
-                reductions = micros if role.stage == 2 else work.steps
-                size += (reductions + work.steps) * gradients
-                calls += 2 * work.steps
-        return (self.collective(size, calls) + loading) * (1 - self.efficiency.overlap)
+            size = gathers * float(role.parameters + role.adapters) * work.element * share
+            return size + (self.micro_batches * gradients if role.trained else 0.0), gathers * role.network.layers
+        if not role.trained:
+            return 0.0, 0.0
+        reductions = self.micro_batches if role.stage == 2 else work.steps
+        return (reductions + work.steps) * gradients, 2.0 * work.steps
+
+    def loading(self, role: Role, gathers: float) -> float:
+        """Seconds in which parameters come from the host, once more for each micro-batch with checkpointing."""
+        again = self.micro_batches if role.trained and role.checkpointing and role.stage == 3 else 0.0
+        return (gathers + again) * self.from_host(role, float(role.parameters + role.adapters) * self.work.element)
