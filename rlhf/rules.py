@@ -45,6 +45,7 @@ def check(cfg: Any) -> None:
     _check_batches(cfg)
     _check_lengths(cfg)
     _check_precision(cfg)
+    _check_node_copies(cfg)
     _check_rollout(cfg)
     _check_tensor_parallel(cfg)
     _check_optimizers(cfg)
@@ -108,8 +109,12 @@ def _check_optimizers(cfg: Any) -> None:
 
 def _check_reference(cfg: Any) -> None:
     """A reference that is the actor without its adapters needs all the rest of the actor to stay as it was."""
-    if not getattr(getattr(cfg, "ref", None), "shared", False) or cfg.verb not in ("ppo", "dpo"):
-        return
+    if not (hasattr(cfg, "ppo") or hasattr(cfg, "dpo")) or not getattr(getattr(cfg, "ref", None), "shared", False):
+        return  # an evaluation has a rule of its own
+    if cfg.ref.init is not None:
+        raise UserError(
+            f"ref.shared=true starts where the actor starts, so that ref.init={cfg.ref.init} would say nothing: set ref.init=null"
+        )
     lora = cfg.actor.lora
     if lora.rank == 0 or not lora.only:
         raise UserError(
@@ -182,6 +187,22 @@ def _check_precision(cfg: Any) -> None:
             raise UserError(
                 f"{name}.zero.quantized_weights goes with trainer.precision=fp16 only, which is all that DeepSpeed quantises; got "
                 f"{trainer.precision}"
+            )
+
+
+def _check_node_copies(cfg: Any) -> None:
+    """ZeRO++'s copy on each node: DeepSpeed 0.19 makes groups of ranks for one engine of a process, and splits a node into whole groups."""
+    holders = {name: role.zero.hpz_partition_size for name, role in roles(cfg).items() if role.zero.hpz_partition_size > 1}
+    if len(holders) > 1:
+        raise UserError(
+            f"{' and '.join(f'{name}.zero.hpz_partition_size' for name in holders)}: DeepSpeed keeps such a copy of one role only: choose "
+            f"zero@{list(holders)[-1]}.zero=mixz"
+        )
+    for name, size in holders.items():
+        if cfg.trainer.devices % size:
+            raise UserError(
+                f"{name}.zero.hpz_partition_size={size} does not divide trainer.devices={cfg.trainer.devices}: set it to the GPUs of a node, or "
+                f"choose zero@{name}.zero=mixz"
             )
 
 

@@ -149,6 +149,12 @@ def test_every_zero_option(verb: str, name: str) -> None:
         zero.append("trainer=gpu")
         assert "trainer.precision=fp16 only" in refusal(verb, *zero)
         zero.append("trainer.precision=fp16")
+    if name == "mixz_hpz":
+        if len(roles) - len(frozen) > 1:
+            assert "of one role only" in refusal(verb, *zero)
+            zero = [f"zero@{roles[0]}.zero={name}", *(word for word in zero if not word.startswith("zero@"))]
+        assert "does not divide trainer.devices=1" in refusal(verb, *zero)
+        zero.append(f"{roles[0]}.zero.hpz_partition_size=1")
     accepted(verb, *zero)
     for role in frozen:
         stage = composed(verb, "run_dir=x", f"zero@{role}.zero={name}")[role]["zero"]["stage"]

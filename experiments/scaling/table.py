@@ -53,7 +53,7 @@ def draw(done: dict[str, Row], plans: dict[str, Prediction]) -> None:
         rate * float(done[case]["iteration_s"]) / plans[case].seconds["iteration"] for case, rate in zip(cases, measured, strict=True)
     ]
     figure, axes = plt.subplots(figsize=(8, 1 + 0.32 * len(cases)), layout="constrained")
-    for card, colour in (("NVIDIA H100 80GB HBM3", "#1f77b4"), ("NVIDIA H200", "#2ca02c")):
+    for card, colour in zip(HARDWARE, ("#1f77b4", "#2ca02c"), strict=True):
         there = [i for i, case in enumerate(cases) if done[case]["card"] == card]
         axes.barh(there, [measured[i] for i in there], 0.6, color=colour, label=card.removeprefix("NVIDIA "))
     axes.plot(planned, range(len(cases)), "|", color="black", markersize=13, markeredgewidth=2, label="planned")

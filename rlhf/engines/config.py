@@ -62,8 +62,6 @@ def engine_config(spec: EngineSpec) -> dict[str, Any]:
         }
         if spec.zero.quantized_weights:
             zero |= {"zero_quantized_nontrainable_weights": True, "zero_hpz_partition_size": spec.zero.hpz_partition_size}
-            # Several quantised tensors sent as one end in a pass of integers in DeepSpeed 0.19, and share one size of group, whatever each has.
-            zero["stage3_allgather_sequential"] = True
     if spec.zero.offload_params:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     if spec.zero.offload_optimizer and spec.training is not None:

@@ -22,8 +22,13 @@ def sharded_init(spec: EngineSpec) -> AbstractContextManager[object]:
     """Parameters created inside are split over the ranks at once, so that no rank ever holds the whole model."""
     if spec.stage != 3:
         return nullcontext()
+    config = engine_config(spec)
+    if spec.zero.quantized_weights:
+        # DeepSpeed 0.19 casts quantised tensors that it sends as one to integers, and reads the scales of all with one size of group. Said here
+        # alone: of an engine it asks as well to fetch nothing ahead, and such an engine loses track of what is on its way.
+        config["zero_optimization"]["stage3_allgather_sequential"] = True
     # No dtype: the config says it. Given one, DeepSpeed 0.19 takes bf16 instead wherever the device has no fp16.
-    return deepspeed.zero.Init(config_dict_or_path=engine_config(spec))
+    return deepspeed.zero.Init(config_dict_or_path=config)
 
 
 def gather_by_layer(network: Network, *, trained: bool) -> None:
@@ -50,9 +55,11 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def _dequantise(sharded: list[Any]) -> None:
-    """Makes quantised weights whole as a forward pass does. `GatheredParameters` leaves out what is whole, and would return the others as integers:
-    in DeepSpeed 0.19 it only dequantises tensors that travel together, which go wrong elsewhere (see `engine_config`)."""
-    quantised = [p for p in sharded if hasattr(p.ds_tensor, "ds_quant_scale") and p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+    """Makes quantised weights whole as a forward pass does, before `GatheredParameters` comes: DeepSpeed 0.19's dequantises no tensor that travels
+    for itself (see `sharded_init`), and leaves alone what is whole."""
+    quantised = [
+        p for p in dict.fromkeys(sharded) if hasattr(p.ds_tensor, "ds_quant_scale") and p.ds_status is ZeroParamStatus.NOT_AVAILABLE
+    ]
     if quantised:
         quantised[0].all_gather_coalesced(quantised, quantize=True).wait()
 

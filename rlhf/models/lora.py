@@ -91,6 +91,7 @@ def init_adapters(model: nn.Module, gather: Gather, is_writer: bool) -> None:
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """The model as it was before it had adapters, and without dropout. For passes that nothing is learned from."""
     layers, training = adapted_layers(model).values(), model.training
+    assert layers, "without adapters a model is nobody's reference but its own"
     model.eval()
     for layer in layers:
         layer._disable_adapters = True  # PEFT's own switch also says which parameters learn, and engines have asked already

@@ -121,6 +121,7 @@ class Knob:
 
 def with_role(work: Workload, name: str, **values: Any) -> Workload:
     roles = work.roles | {name: dataclasses.replace(work.roles[name], **values)}
+    # Whatever changed may be the actor's sharding, which is that of a reference that it answers for.
     if "ref" in roles and roles["ref"].shared:
         roles["ref"] = dataclasses.replace(roles["ref"], zero=roles["actor"].zero, stage=roles["actor"].stage)
     return dataclasses.replace(work, roles=roles)
@@ -129,6 +130,19 @@ def with_role(work: Workload, name: str, **values: Any) -> Workload:
 def owners(work: Workload) -> list[Role]:
     """Roles with weights of their own, which can be sharded."""
     return [role for role in work.roles.values() if not role.shared]
+
+
+def shareable(work: Workload) -> bool:
+    return "ref" in work.roles and work.roles["ref"].shareable
+
+
+def share_words(work: Workload) -> Words:
+    return ("ref.shared=true", *(["zero@ref.zero=z0"] if work.roles["ref"].zero.stage else []))
+
+
+def share(work: Workload) -> Workload:
+    """The same job without a second copy of the actor's frozen weights."""
+    return with_role(work, "ref", shared=True, shareable=False)
 
 
 def _sharded(work: Workload, role: Role, stage: int, *, offload: bool = False) -> Workload:
@@ -194,9 +208,8 @@ def knobs(work: Workload, machine: Machine) -> Iterator[Knob]:
         yield Knob(tuple(sizes), _sizes(size, min(score, work.score_micro) if work.step == "ppo" else size))
     if plain:
         yield Knob(tuple(f"{r.name}.gradient_checkpointing=true" for r in plain), _each([r.name for r in plain], checkpointing=True))
-    if "ref" in work.roles and work.roles["ref"].shareable:
-        frozen = work.roles["ref"]
-        yield Knob(("ref.shared=true", *(["zero@ref.zero=z0"] if frozen.zero.stage else [])), _each(["ref"], shared=True, shareable=False))
+    if shareable(work):
+        yield Knob(share_words(work), share)
     yield from _rollout_knobs(work)
     if work.ranks > 1:
         for stage in (2, 3):
@@ -279,9 +292,13 @@ def _merged(words: Words, more: Words) -> Words:
 
 
 def search(work: Workload, machine: Machine) -> tuple[Words, Workload] | None:
-    """The fastest of sharding x offload x checkpointing x micro-batch x tensor parallelism that fits; batch, LoRA and precision stay."""
+    """The fastest of sharding x offload x checkpointing x micro-batch x tensor parallelism that fits, and of a reference with and without weights
+    of its own where it may do without; batch, LoRA and precision stay."""
     best: tuple[float, Words, Workload] | None = None
-    for words, candidate in candidates(work, machine):
+    tried = list(candidates(work, machine))
+    if shareable(work):
+        tried += [((*share_words(work), *words), candidate) for words, candidate in candidates(share(work), machine)]
+    for words, candidate in tried:
         if not machine.fits(candidate):
             continue
         seconds = machine.time(candidate).total

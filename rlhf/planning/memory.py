@@ -204,7 +204,8 @@ def _training(role: Role, work: Workload) -> list[Item]:
 
 def _reference(work: Workload) -> list[Item]:
     """DPO runs the reference before the actor; what it gathers is gone by then, but may be cached."""
-    return [Item("ref", "gather buffers", states.gather_buffer(work.roles["ref"], work))]
+    ref = work.roles["ref"]
+    return [] if ref.shared else [Item("ref", "gather buffers", states.gather_buffer(ref, work))]
 
 
 def host_memory(work: Workload, reserve: Reserve) -> dict[str, float]:

@@ -168,9 +168,6 @@ class FrozenConfig:
 
     def __post_init__(self) -> None:
         require(
-            not self.shared or self.init is None, f"shared=true starts where the actor starts, so that init={self.init} would say nothing"
-        )
-        require(
             not self.shared or self.zero.stage == 0,
             f"shared=true has no weights that zero.stage={self.zero.stage} could shard: choose zero@ref.zero=z0",
         )

@@ -98,9 +98,9 @@ RULES = {
     "a shared reference of an actor that learns whole": (
         (*PPO, "ref.shared=true", "lora@actor.lora=r64"), ("ref.shared=true takes the actor without its adapters", "actor.lora.rank=64 and actor.lora.only=false"),
     ),
-    "a shared reference in an evaluation": ((*EVALUATE, "actor.init=x", "ref.shared=true"), ("ref.shared=true is for training", "ref.init")),
+    "a shared reference in an evaluation": ((*EVALUATE, "actor.init=x", "ref.init=y", "ref.shared=true"), ("ref.shared=true is for training", "ref.init")),
     "a shared reference that starts elsewhere": (
-        (*PPO, "ref.shared=true", "ref.init=x", "lora@actor.lora=r8", "actor.lora.only=true"), ("ref.shared=true starts where the actor starts", "init=x"),
+        (*PPO, "ref.shared=true", "ref.init=x", "lora@actor.lora=r8", "actor.lora.only=true"), ("ref.shared=true starts where the actor starts", "ref.init=x"),
     ),
     "a shared reference that is sharded": (
         (*PPO, "ref.shared=true", "zero@ref.zero=z3", "lora@actor.lora=r8", "actor.lora.only=true"), ("ref.shared=true has no weights", "zero@ref.zero=z0"),

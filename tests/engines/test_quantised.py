@@ -23,7 +23,9 @@ from rlhf.config import build
 from rlhf.engines.config import EngineSpec, Training, engine_config
 from rlhf.engines.gather import gather_by_layer, gathered, gathered_for_writing, sharded_init
 from rlhf.engines.optimizers import build_optimizer
+from rlhf.engines.overflow import loss_scale
 from rlhf.models.factory import Blueprint, build_network
+from rlhf.models.lora import without_adapters
 
 WIDE = {
     "opt": {"hidden_size": 768, "num_attention_heads": 12, "ffn_dim": 1280, "word_embed_proj_dim": 768},
@@ -110,10 +112,23 @@ def run(family: str, gather: str) -> None:
     plain.load_state_dict(expected, strict=False)  # the head is the embedding
     ids = torch.randint(4, 60, (2, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids, dtype=torch.bool)
-    for _ in range(2):
-        logits = engine(ids, mask)
-        torch.testing.assert_close(logits, plain(ids, mask), atol=2e-3, rtol=1e-2)
-        engine.backward(torch.nn.functional.cross_entropy(logits.float()[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    frozen = {name: weight for name, weight in expected.items() if "lora" not in name}
+    for learns in (False, True, True, False, True):  # an evaluation, steps, an evaluation, a step
+        with torch.set_grad_enabled(learns):
+            logits = engine(ids, mask)
+            torch.testing.assert_close(logits, plain(ids, mask), atol=2e-3, rtol=1e-2)
+        if learns:
+            loss = torch.nn.functional.cross_entropy(logits.float()[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            engine.backward(loss * loss_scale(engine), scale_wrt_gas=False)
+            engine.step()
+        with gathered(list(named.values())):  # as an export does, whatever is on its way
+            assert all(torch.equal(named[name], weight) for name, weight in frozen.items())
+            plain.load_state_dict({name: p.detach().clone() for name, p in named.items()}, strict=False)
+    with gathered(list(named.values())):
+        assert not all(torch.equal(named[name], expected[name]) for name in named), "the adapters have learned"
+    with without_adapters(network), torch.no_grad():
+        plain.load_state_dict(expected, strict=False)
+        torch.testing.assert_close(engine(ids, mask), plain(ids, mask), atol=2e-3, rtol=1e-2)
     print(f"{right} of {len(quantised)} quantised weights are right, and so are passes")
 
 

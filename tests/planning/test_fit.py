@@ -104,6 +104,12 @@ def test_a_shared_reference_follows_the_actor() -> None:
     for knob in knobs(shared, card):
         assert again(knob.words, *lora, "ref.shared=true", actor="opt-13b") == knob.apply(shared), knob.words
         assert not any(word.startswith("zero@ref") for word in knob.words)
+    pairs = [job(*lora, "zero@actor.zero=z3", *more, step="dpo", actor="opt-13b") for more in (("zero@ref.zero=z3",), ("ref.shared=true",))]
+    gathered = [
+        [item for phase in card.memory(one).phases for item in phase.items if (item.role, item.part) == ("ref", "gather buffers")]
+        for one in pairs
+    ]
+    assert gathered[0] and not gathered[1], "the actor's are there before and after"
     assert not [knob for knob in knobs(job("lora@actor.lora=r128"), card) if "ref.shared=true" in knob.words], "all of the actor learns"
     assert not [knob for knob in knobs(job(*lora, "ref.init=elsewhere"), card) if "ref.shared=true" in knob.words]
 
@@ -117,6 +123,13 @@ def test_search_finds_the_fastest_that_fits() -> None:
     for _, other in candidates(work, card):
         assert not card.fits(other) or card.time(other).total >= card.time(best).total
     assert search(work, machine(memory_gb=5)) is None
+
+
+def test_search_finds_that_the_reference_need_not_be_held() -> None:
+    lora = ("lora@actor.lora=r128_only",)
+    found = search(job(*lora, actor="opt-13b"), machine())
+    assert found is not None and "ref.shared=true" in found[0]
+    assert again(found[0], *lora, actor="opt-13b") == found[1]
 
 
 def test_search_keeps_batch_and_adapters() -> None:
