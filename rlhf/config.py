@@ -29,6 +29,8 @@ LARGEST_SEED = 2**32 - 1
 """numpy's limit."""
 LARGEST = 3.4e38
 """fp32's limit: what is larger becomes infinite, or an error in the middle of a step."""
+LARGEST_COUNT = 2**53
+"""What a float still counts one by one; Python's ranges and PyTorch's sizes end not far above."""
 
 
 class UserError(ValueError):
@@ -96,8 +98,8 @@ def _build_target(node: Mapping[str, Any], key: str) -> Any:
         plain = typing.get_origin(kind) is dict
         values[name] = dict(value) if plain and isinstance(value, Mapping) else build(value, where)
         if not fits(values[name], kind):
-            large = isinstance(value, int | float) and LARGEST < abs(value) < math.inf
-            raise UserError(f"{where}: expected {_kind_name(kind)}, got {value!r}{', which is more than fp32 holds' if large else ''}")
+            large = isinstance(value, int | float) and LARGEST_COUNT < abs(value) < math.inf
+            raise UserError(f"{where}: expected {_kind_name(kind)}, got {value!r}{', which is too large' if large else ''}")
         if kind is float and values[name] is not None:
             values[name] = float(values[name])  # type: ignore[arg-type]
     try:
@@ -126,7 +128,7 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, origin) and all(all(map(fits, pair, arguments)) for pair in value.items())
     if kind in (int, float):
         is_number = isinstance(value, kind if kind is int else int | float) and not isinstance(value, bool)
-        return is_number and abs(value) <= LARGEST
+        return is_number and abs(value) <= (LARGEST_COUNT if kind is int else LARGEST)
     return isinstance(value, kind)
 
 

@@ -155,7 +155,11 @@ def going_on(config: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
     Args:
         words: the overrides, without the run directory.
     """
-    if not config.get("resume") or any(not word.startswith("resume=") for word in words):
+    if config.get("resume") is not True:
         return config
     saved = rundir.saved_config(Path(config["run_dir"]))
+    if saved is not None and saved.get("verb") != config["verb"]:
+        raise UserError(f"resume=true, but run_dir={config['run_dir']} holds a run of rlhf {saved.get('verb')}: resume it with that verb")
+    if any(not word.startswith("resume=") for word in words):
+        return config
     return config if saved is None else {**saved, "resume": True, "run_dir": config["run_dir"]}

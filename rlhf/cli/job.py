@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,14 @@ def run_job(config: Mapping[str, Any]) -> dict[str, Any]:
         log.info("run_dir=%s is done already: there is nothing to resume", run_dir)
         return summary
     hosts = read_hostfile(Path(cfg.launcher.hostfile), cfg.trainer) if cfg.launcher.name == "hostfile" else []
-    if not external or os.environ.get("RANK", "0") == "0":
-        rundir.claim(run_dir, config)
+    first = not external or os.environ.get("RANK", "0") == "0"
+    with rundir.claimed(run_dir, config) if first else nullcontext():
+        return _started(cfg, config, hosts)
+
+
+def _started(cfg: Any, config: Mapping[str, Any], hosts: list[str]) -> dict[str, Any]:
+    """`run_job` once the directory is this run's."""
+    run_dir, external = Path(cfg.run_dir), cfg.launcher.name == "external"
     file = (run_dir / "config.yaml").resolve()
     if cfg.launcher.name in SCRIPTED:
         return _write_script(cfg, run_dir, file, hosts)

@@ -26,7 +26,14 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
-    words = sys.argv[1:] if argv is None else argv
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:  # before a job has begun to listen to it, or after
+        print("rlhf: stopped at once by Ctrl-C", file=sys.stderr)
+        return 1
+
+
+def _main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return 0

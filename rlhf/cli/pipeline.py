@@ -102,8 +102,13 @@ def run_pipeline(config: Mapping[str, Any]) -> dict[str, Any]:
     if "evaluate" in steps:  # before hours of training, rather than after
         require_possible(cfg, step_config(config, "evaluate"))
     require_key(config)
-    rundir.claim(run_dir, config)
-    start = time.perf_counter()
+    with rundir.claimed(run_dir, config):
+        return _run_steps(config, steps)
+
+
+def _run_steps(config: Mapping[str, Any], steps: list[str]) -> dict[str, Any]:
+    """`run_pipeline` once the directory is this run's."""
+    run_dir, start = Path(config["run_dir"]), time.perf_counter()
     summaries: dict[str, dict[str, Any]] = {}
     try:
         for step in steps:

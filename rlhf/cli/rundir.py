@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,23 @@ def claim(run_dir: Path, config: Mapping[str, Any]) -> None:
         write_atomically(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise cannot_be_made(error) from error
+
+
+@contextmanager
+def claimed(run_dir: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """`claim`, and nobody else may while this lasts.
+
+    Raises:
+        UserError: as `claim`; another command is at work there.
+    """
+    require_own(run_dir, config)  # before a directory is made
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_be_made(error) from error
+    with cells.held(run_dir):
+        claim(run_dir, config)
+        yield
 
 
 def require_path(value: str) -> None:
@@ -75,7 +93,10 @@ def require_own(run_dir: Path, config: Mapping[str, Any]) -> None:
             )
         change = first_change(saved_config(run_dir) or {}, config)
         if change is not None:
-            raise UserError(f"resume=true cannot change {change}: a run goes on as it began; start a new run_dir for other settings")
+            raise UserError(
+                f"resume=true cannot change {change}: a run goes on as it began. Say no more than resume=true and run_dir, repeat the words it was "
+                "started with, or start a new run_dir for other settings"
+            )
     elif (file.exists() or (run_dir / "summary.json").exists()) and not _was_refused(run_dir):
         raise UserError(f"run_dir={run_dir} already holds a run: choose another run_dir, or resume=true to go on with it")
 

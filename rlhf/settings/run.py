@@ -38,6 +38,7 @@ class TrainerConfig:
         require_at_least_one(
             devices=self.devices, num_nodes=self.num_nodes, log_every=self.log_every, keep_checkpoints=self.keep_checkpoints
         )
+        require(self.threads is None or self.threads <= 4096, f"threads must be at most 4096, got {self.threads}")
         for name in ("checkpoint_every", "eval_every", "threads"):
             require(
                 getattr(self, name) is None or getattr(self, name) >= 1, f"{name} must be at least 1 or null, got {getattr(self, name)}"

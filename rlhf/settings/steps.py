@@ -27,7 +27,7 @@ class StepConfig:
     scheduler: SchedulerConfig
 
     def __post_init__(self) -> None:
-        require(self.epochs > 0, f"epochs must be positive, got {self.epochs}")
+        require(0 < self.epochs <= 1e6, f"epochs must lie in (0, 1e6], got {self.epochs}")
         optional = {name: getattr(self, name) for name in ("micro_batch_size", "max_steps")}
         require_at_least_one(batch_size=self.batch_size, **{name: value for name, value in optional.items() if value is not None})
 

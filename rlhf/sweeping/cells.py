@@ -99,7 +99,8 @@ def _whole(sweep: Sweep) -> Sweep:
 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """Keeps a second command out of a sweep that runs. The lock goes with this process, however it ends, and is no file.
+    """Keeps a second command out of a sweep or a run that goes on. The lock goes with this process, however it ends, and is no file; where the file
+    system has no locks there is none.
 
     Raises:
         UserError: another process has it, or it cannot be made.
@@ -113,7 +114,9 @@ def held(directory: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise UserError(f"run_dir={directory}: another command runs this sweep at the moment") from error
+        raise UserError(f"run_dir={directory}: another command is at work there: wait for its end, or choose another run_dir") from error
+    except OSError:
+        pass
     try:
         yield
     finally:

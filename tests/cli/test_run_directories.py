@@ -18,6 +18,7 @@ from rlhf.cli.pipeline import run_pipeline
 from rlhf.cli.rundir import claim, read_summary, write_summary
 from rlhf.config import UserError
 from rlhf.logging import log
+from rlhf.sweeping.cells import held
 
 
 @pytest.mark.parametrize("status", ["done", "failed", None], ids=["done", "failed", "killed"])
@@ -27,6 +28,20 @@ def test_another_run_is_not_touched(status: str | None, refused: Refused, pairs:
     message = refused(*SFT, f"run_dir={run_dir}", f"data.path={pairs}", "seed=7")
     says(message, (f"run_dir={run_dir} already holds a run", "another run_dir", "resume=true"))
     assert contents(run_dir) == before
+
+
+def test_a_run_that_goes_on_is_not_resumed_by_another_command(refused: Refused, pairs: Path, tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", pairs, status=None)
+    before = contents(run_dir)
+    with held(run_dir):
+        says(refused("sft", "resume=true", f"run_dir={run_dir}"), (f"run_dir={run_dir}: another command is at work there",))
+    assert contents(run_dir) == before
+
+
+def test_a_run_is_resumed_by_its_own_verb(refused: Refused, pairs: Path, tmp_path: Path) -> None:
+    run_dir = begun(tmp_path / "run", pairs, status=None)
+    says(refused("reward", "resume=true", f"run_dir={run_dir}"), (f"run_dir={run_dir} holds a run of rlhf sft", "resume it with that verb"))
+    says(refused("sft", "resume=maybe", f"run_dir={run_dir}"), ("resume must be true or false, got 'maybe'",))
 
 
 def test_a_refused_first_start_may_be_tried_again(refused: Refused, there: tuple[str, str], tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_one_command_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     other = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "mine\n"
-    with pytest.raises(UserError, match="another command runs this sweep"), held(folder):
+    with pytest.raises(UserError, match="another command is at work there"), held(folder):
         pass
     other.kill()
     other.wait()
