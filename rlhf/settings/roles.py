@@ -97,7 +97,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         require_in("rank", self.rank, 0)
         require_in("dropout", self.dropout, 0, 1)
-        require_in("lr", self.lr or 0, 0, 1000)
+        require_in("lr", self.lr or 0, 0, 1e30)
         require(self.rank == 0 or self.alpha > 0, f"alpha must be positive, got {self.alpha}")
 
 
@@ -116,7 +116,7 @@ class OptimizerConfig:
         require(self.name in ("adamw", "fused_adam", "cpu_adam"), f"name must be adamw, fused_adam or cpu_adam, got {self.name}")
         require_in("grad_clip", self.grad_clip, 0)
         for name in ("lr", "weight_decay"):  # Adam divides a rate by what begins near zero, which must stay a number
-            require_in(name, getattr(self, name), 0, 1000)
+            require_in(name, getattr(self, name), 0, 1e30)
         require(self.eps > 0, f"eps must be positive, got {self.eps}")
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"betas must be two numbers in [0, 1), got {self.betas}")
 
