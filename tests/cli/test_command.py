@@ -91,6 +91,15 @@ def test_a_configuration_is_printed(verb: str, capsys: pytest.CaptureFixture[str
     assert config.get("seed") == (3 if words else None)
 
 
+def test_ctrl_c_before_a_job_listens_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def pressed(words: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf.cli.main._main", pressed)
+    assert main(["sft"]) == 1
+    assert capsys.readouterr().err == "rlhf: stopped at once by Ctrl-C\n"
+
+
 # --- runs --------------------------------------------------------------------------------------------------------------------------
 
 
